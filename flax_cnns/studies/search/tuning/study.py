@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -136,22 +137,17 @@ def make_study(
     )
 
 
-class _name_values:
+@contextlib.contextmanager
+def _name_values(fields: Mapping[str, Any]) -> Iterator[None]:
     """A context that adds the drawn values to a UserError."""
-
-    def __init__(self, fields: Mapping[str, Any]):
-        self.fields = fields
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, UserError):
-            drawn = ", ".join(f"{path}={value!r}" for path, value in self.fields.items())
-            raise UserError(
-                f"space(): a trial with {drawn} would be refused: {error}; a field that only some"
-                " values of another field use needs when={field: value}"
-            ) from None
+    try:
+        yield
+    except UserError as error:
+        drawn = ", ".join(f"{path}={value!r}" for path, value in fields.items())
+        raise UserError(
+            f"space(): a trial with {drawn} would be refused: {error}; a field that only some"
+            " values of another field use needs when={field: value}"
+        ) from None
 
 
 def record_study(study: Study, *, accept_changed_data: bool = False) -> None:
