@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import random
 import signal
 import sys
-import threading
 import time
 
 import optuna
@@ -30,9 +28,26 @@ def search(monkeypatch, tmp_path):
     """Returns a function that runs `tune` with fake runs in a folder of the test."""
     monkeypatch.setattr(child, "_devices", lambda: ("cpu", 1))
 
-    def search(name="study", *, trials=8, jobs=1, sleep=0.0005, diverges=1e9, budget=None, **made):
+    def search(
+        name="study",
+        *,
+        trials=8,
+        jobs=1,
+        sleep=0.0005,
+        diverges=1e9,
+        budget=None,
+        on_start=None,
+        **made,
+    ):
         folder = tmp_path / name
-        start = functools.partial(fake_runs.start, sleep=sleep, diverges=diverges)
+
+        def start(config, workdir, *arguments, **options):
+            options |= dict(sleep=sleep, diverges=diverges)
+            process = fake_runs.start(config, workdir, *arguments, **options)
+            if on_start is not None:
+                on_start(workdir)
+            return process
+
         monkeypatch.setattr(child, "start", start)
         monkeypatch.setattr(tuner, "make_study", lambda *_, **__: make_study(folder, **made))
         return tuner.tune(
@@ -182,12 +197,18 @@ def test_a_grid_ends_with_its_points(search):
 
 
 def test_signals_save_what_runs_and_the_next_start_goes_on(search):
-    for number, error in ((signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)):
-        threading.Timer(0.4, os.kill, (os.getpid(), number)).start()
+    stops = {1: signal.SIGTERM, 3: signal.SIGINT}  # when these trials start for the first time
+
+    def stop(workdir):
+        if number := stops.pop(int(workdir.name), None):
+            os.kill(os.getpid(), number)
+
+    for error in (Preempted, KeyboardInterrupt):
         with pytest.raises(error):
-            search("cut", trials=8, sleep=0.01)
-    cut = search("cut", trials=8)
-    whole = search("whole", trials=8)
+            search("cut", trials=5, on_start=stop)
+    cut = search("cut", trials=5)
+    assert not stops
+    whole = search("whole", trials=5)
     assert list(map(compare, cut.trials)) == list(map(compare, whole.trials))
 
 
