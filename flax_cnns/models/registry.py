@@ -51,6 +51,7 @@ FAMILIES = tuple(
         "mobilenet_v2",
         "mobilenet_v3",
         "nas",
+        "nas_bench_201",
         "nasnet",
         "pnasnet",
         "deck_cnn",
