@@ -1,9 +1,9 @@
 """Networks of NAS-Bench-201: a fixed skeleton whose stages repeat one small cell.
 
 A cell is a graph of 4 nodes. Node 0 is the input, and a later node is the sum over all earlier
-nodes, each through the operation of its edge. 6 edges with 5 operations make 15,625 cells. A cell is
-written as in the paper's release, node by node: `|nor_conv_3x3~0|+|none~0|skip_connect~1|+|...|`,
-where `~0` is the node that the edge comes from.
+nodes, each through the operation of its edge. 6 edges with 5 operations make 15,625 cells. The text
+of a cell is that of the paper's release, node by node: `|nor_conv_3x3~0|+|none~0|skip_connect~1|+`
+and so on, where `~0` is the node that the edge comes from.
 
 The skeleton of figure 1: a 3x3 convolution with BatchNorm, three stages of N = 5 cells at 16, 32
 and 64 channels, between them a residual block that halves the map, and at the end BatchNorm and
@@ -41,7 +41,15 @@ PAPER = Paper(
 
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 NODES = 4
-EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))  # (from, to), in the order of a cell's text
+# In the order of a cell's text.
+EDGES = (
+    (0, 1),
+    (0, 2),
+    (1, 2),
+    (0, 3),
+    (1, 3),
+    (2, 3),
+)  # (from, to)
 EXAMPLE = "|nor_conv_3x3~0|+|none~0|nor_conv_3x3~1|+|skip_connect~0|none~1|skip_connect~2|"
 
 # ---------------------------------------------------------------------------- cells as text
@@ -84,7 +92,7 @@ def parse_cell(text: str) -> tuple[str, ...]:
 
 
 def write_cell(operations: Sequence[str]) -> str:
-    """Returns the text of a cell; `parse_cell` reads it. Raises `UserError` as `parse_cell` does."""
+    """Returns the text of a cell. Raises `UserError` if `parse_cell` does not read it."""
     rows: list[str] = []
     rest = list(operations)
     for node in range(1, NODES):
