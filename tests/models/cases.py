@@ -13,7 +13,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class Outputs(NamedTuple):
     leaves: np.ndarray | None = None  # [leaves 2]: norm and product of gradient or statistic
 
 
-def _measures(tree: dict[str, dict]) -> np.ndarray:
+def measure(tree: dict[str, dict]) -> np.ndarray:
     rows = []
     for path, leaf in sorted(pytree.flatten(tree).items()):
         random = np.random.RandomState(zlib.crc32(path.encode()))
@@ -61,7 +61,7 @@ def run_theirs(case: Case) -> tuple[dict[str, np.ndarray], Outputs]:
         return live.tensors, Outputs(logits)
     step = foreign.train_step(live, x, labels, AUX_WEIGHT)
     tree = convert(case.name, step["tensors"], case.source, **case.fields)
-    return live.tensors, Outputs(logits, step["loss"], _measures(tree))
+    return live.tensors, Outputs(logits, step["loss"], measure(tree))
 
 
 def run_ours(case: Case, tensors: Mapping[str, np.ndarray]) -> tuple[Outputs, Callable]:
@@ -69,11 +69,18 @@ def run_ours(case: Case, tensors: Mapping[str, np.ndarray]) -> tuple[Outputs, Ca
     variables, (x, labels) = convert(case.name, tensors, case.source, **case.fields), _batch(case)
     classes = variables["params"]["head"]["kernel"].shape[-1]
     model = create_model(case.name, **case.fields, num_classes=classes)
+    return run_model(model, variables, x, labels, train=case.train)
+
+
+def run_model(
+    model: Any, variables: Any, x: np.ndarray, labels: np.ndarray, *, train: bool = True
+) -> tuple[Outputs, Callable]:
+    """Returns what `model` computes with `variables`, and the function variables -> logits."""
     # Compiling takes nearly all of the time.
     options = {"xla_backend_optimization_level": 0}
     apply = jax.jit(lambda v: model.apply(v, x), compiler_options=options)
     logits = np.asarray(apply(variables))
-    if not case.train:
+    if not train:
         return Outputs(logits), apply
     without_dropout = model.clone(
         **{f: 0.0 for f in ("dropout", "aux_dropout") if hasattr(model, f)}
@@ -96,7 +103,7 @@ def run_ours(case: Case, tensors: Mapping[str, np.ndarray]) -> tuple[Outputs, Ca
     step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True), compiler_options=options)
     (loss, stats), grads = step(variables["params"])
     tree = {"params": grads, "batch_stats": stats}
-    return Outputs(logits, float(loss), _measures(tree)), apply
+    return Outputs(logits, float(loss), measure(tree)), apply
 
 
 def check_outputs(got: Outputs, wanted: Outputs) -> None:

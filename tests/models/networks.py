@@ -194,6 +194,9 @@ NETWORKS = {
         ),
     ],
     "nas": [Network("nas_v1", 48)],
+    "nas_bench_201": [
+        Network("nas_bench_201_resnet", 64, fields=THREE_STAGES, options=dict(remat=True)),
+    ],
     "nasnet": [
         Network("nasnet_a_mobile", 96, 19, _CELLS, NASNET, ("aux1",)),
         Network("nasnet_a_6_768", 96, 3, _CELLS, NASNET, ("aux1",)),

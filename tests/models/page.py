@@ -66,6 +66,7 @@ COUNT_FROM = {
     published.KERAS: "Keras",
     published.SAM: "google-research/sam",
     published.PYTORCHCV: "pytorchcv",
+    published.XAUTODL: "xautodl",
     published.AUTHORS: "the authors",
     published.LECTURES: "HSLU slides",
     published.SAME: "same as above",

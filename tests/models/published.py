@@ -14,6 +14,7 @@ TIMM_TABLE = "timm's benchmark tables"
 KERAS = "Keras 3.15's model.summary(): trainable"
 SAM = "https://github.com/google-research/sam, sam_jax/models/load_model_test.py"
 PYTORCHCV = "https://github.com/osmr/imgclsmob, pytorchcv/models/sparsenet.py, _test"
+XAUTODL = "xautodl 1.0.0, the authors' package, built without weights"
 AUTHORS = "the authors' table of released networks"
 LECTURES = 'model.summary() in the HSLU slides "Image Classification and Network Architectures"'
 SAME = "another name, padding or place of a stride: the parameters of a network above"
@@ -321,6 +322,10 @@ PUBLISHED = {
     "nas_v1": Row(4_201_630, HAND),
     "nas_v1_dense": Row(6_630_910, HAND),
     "nas_v1_no_skips": Row(809_134, HAND),
+    # nas_bench_201
+    "nas_bench_201_resnet": Row(559_386, XAUTODL, 0.07853, HAND),
+    "nas_bench_201_conv3x3": Row(1_531_546, XAUTODL, 0.22012, HAND),
+    "nas_bench_201_conv1x1": Row(241_306, XAUTODL, 0.03138, HAND),
     # nasnet
     "nasnetalarge": Row(88_753_150, TIMM),
     "keras_nasnetmobile": Row(5_289_978, KERAS),

@@ -51,7 +51,11 @@ TIMM, KERAS, TORCHVISION = (
 Gain = float | tuple[tuple[str, float], ...]
 # For families that no other library has.
 GAINS = dict.fromkeys(
-    ("cifar_preact", "cifar_resnet", "pyramidnet", "resnet_in_resnet", "shake_shake"), 1.0
+    (
+        *("cifar_preact", "cifar_resnet", "nas_bench_201", "pyramidnet", "resnet_in_resnet"),
+        "shake_shake",
+    ),
+    1.0,
 )
 
 

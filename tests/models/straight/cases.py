@@ -25,6 +25,7 @@ from tests.models.straight import (
     highway,
     lenet,
     nas,
+    nas_bench_201,
     nasnet,
     nin,
     pnasnet,
@@ -147,6 +148,13 @@ CASES = [
         slow=True,
     ),
     Case("nas_v1", nas.v1, 9),
+    # 7 pixels: the residual block rounds up.
+    Case(
+        "nas_bench_201_resnet",
+        nas_bench_201.network,
+        7,
+        {"cell": nas_bench_201.CELL, "depths": (1, 1), "widths": (6, 8)},
+    ),
     # 14 and 7 pixels; 34, 17 and 9: with stride 2, padding on both sides and on one side.
     Case(
         "nasnet_a_6_768",

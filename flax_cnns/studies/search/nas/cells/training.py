@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -12,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from flax_cnns import layers
 from flax_cnns.data.readers import archives
 from flax_cnns.data.readers.arrays import ArraySource
 from flax_cnns.errors import UserError
 from flax_cnns.studies.search.nas.cells.shared import SharedNetwork, make_masks
 from flax_cnns.types import Array
 
-EVAL_BATCH = 500
+EVAL_BATCH = 200  # images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,12 @@ def read_images(folder: Path, recipe: Recipe) -> Images:
 
 
 class Trainer:
-    """Trains cells one after the other. Compiles at the first call only."""
+    """Trains cells one after the other. Compiles at the first call only.
+
+    A training is one call of one program. Calls for single steps took as much processor time, but
+    on a busy machine the process waits for its turn after each of them. A scan is not slow here,
+    since convolutions behind a condition are computed in the same way anyway.
+    """
 
     def __init__(self, recipe: Recipe, images: Images):
         self.recipe, self.images = recipe, jax.tree.map(jnp.asarray, images)
@@ -108,59 +115,65 @@ class Trainer:
             optax.add_decayed_weights(recipe.weight_decay),
             optax.sgd(decay, recipe.momentum, nesterov=True),
         )
-        self._start = jax.jit(self._make_state)
-        self._step = jax.jit(self._run_step, donate_argnums=0)
-        self._count = jax.jit(self._count_correct)
+        self._init = jax.jit(self._make_variables)
+        self._fit = jax.jit(self._run_steps)
+        self._evaluate = jax.jit(self._find_accuracy)
 
     def train(self, cell: str, seed: int) -> Trained:
         """Trains a cell. Raises `UserError` for a cell that the program does not hold."""
-        recipe, start = self.recipe, time.process_time()
+        start = time.process_time()
         masks = jnp.asarray(make_masks(cell))
-        state = self._start(jax.random.key(seed))
-        draw = np.random.RandomState(seed)
-        orders = [draw.permutation(recipe.train_images) for _ in range(recipe.epochs)]
-        per_epoch = recipe.train_images // recipe.batch_size
-        for order in orders:
-            rows = order[: per_epoch * recipe.batch_size].reshape(per_epoch, -1)
-            for batch in rows:
-                state = self._step(state, masks, *self.images.train, batch)
-        variables = {"params": state[0], "batch_stats": state[1]}
-        validation = self._evaluate(variables, masks, *self.images.validation)
-        test = self._evaluate(variables, masks, *self.images.test)
+        variables = self.fit(self._init(jax.random.key(seed)), masks, seed)
+        validation = float(self._evaluate(variables, masks, *self.images.validation))
+        test = float(self._evaluate(variables, masks, *self.images.test))
         return Trained(validation, test, time.process_time() - start)
 
-    def _make_state(self, key: Array) -> tuple:
+    def fit(self, variables: Any, masks: Array, seed: int) -> Any:
+        """Returns the variables after the recipe's steps. `seed` determines the batches."""
+        draw, recipe = np.random.RandomState(seed), self.recipe
+        used = recipe.train_images // recipe.batch_size * recipe.batch_size
+        order = [draw.permutation(recipe.train_images)[:used] for _ in range(recipe.epochs)]
+        rows = np.concatenate(order).reshape(recipe.steps, recipe.batch_size)
+        return self._fit(variables, masks, *self.images.train, rows)
+
+    def _make_variables(self, key: Array) -> Any:
         shape = jnp.zeros((1, *self.network.input_size))
-        variables = self.network.init(key, shape, jnp.zeros((2, 6)))
+        return self.network.init(key, shape, jnp.zeros((2, 6)))
+
+    def _run_steps(
+        self, variables: Any, masks: Array, images: Array, labels: Array, rows: Array
+    ) -> Any:
+        def step(state: tuple, rows: Array) -> tuple[tuple, None]:
+            params, statistics, optimizer_state = state
+
+            def find_loss(params: Any) -> tuple[Array, Any]:
+                with layers.inside_control_flow():
+                    logits, new = self.network.apply(
+                        {"params": params, "batch_stats": statistics},
+                        images[rows],
+                        masks,
+                        train=True,
+                        mutable=["batch_stats"],
+                    )
+                losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
+                return losses.mean(), new["batch_stats"]
+
+            grads, statistics = jax.grad(find_loss, has_aux=True)(params)
+            updates, optimizer_state = self.optimizer.update(grads, optimizer_state, params)
+            return (optax.apply_updates(params, updates), statistics, optimizer_state), None
+
         params = variables["params"]
-        return params, variables["batch_stats"], self.optimizer.init(params)
+        state = params, variables["batch_stats"], self.optimizer.init(params)
+        (params, statistics, _), _ = jax.lax.scan(step, state, rows)
+        return {"params": params, "batch_stats": statistics}
 
-    def _run_step(self, state: tuple, masks: Array, images: Array, labels: Array, rows: Array):
-        params, statistics, optimizer_state = state
+    def _find_accuracy(self, variables: Any, masks: Array, images: Array, labels: Array) -> Array:
+        size = math.gcd(len(labels), EVAL_BATCH)
 
-        def find_loss(params: Any) -> tuple[Array, Any]:
-            logits, new = self.network.apply(
-                {"params": params, "batch_stats": statistics},
-                images[rows],
-                masks,
-                train=True,
-                mutable=["batch_stats"],
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
-            return losses.mean(), new["batch_stats"]
+        def is_correct(batch: tuple[Array, Array]) -> Array:
+            with layers.inside_control_flow():
+                logits = cast(Array, self.network.apply(variables, batch[0], masks))
+            return jnp.argmax(logits, -1) == batch[1]
 
-        grads, statistics = jax.grad(find_loss, has_aux=True)(params)
-        updates, optimizer_state = self.optimizer.update(grads, optimizer_state, params)
-        return optax.apply_updates(params, updates), statistics, optimizer_state
-
-    def _evaluate(self, variables: Any, masks: Array, images: Array, labels: Array) -> float:
-        size = min(EVAL_BATCH, len(labels))
-        correct = [
-            self._count(variables, masks, images[i : i + size], labels[i : i + size])
-            for i in range(0, len(labels), size)
-        ]
-        return float(sum(int(n) for n in correct) / len(labels))
-
-    def _count_correct(self, variables: Any, masks: Array, images: Array, labels: Array) -> Array:
-        logits = cast(Array, self.network.apply(variables, images, masks))
-        return jnp.sum(jnp.argmax(logits, -1) == labels)
+        batches = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), (images, labels))
+        return jnp.mean(jax.lax.map(is_correct, batches))
