@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -18,7 +18,15 @@ def search_nas(config: Any) -> int:
     if FLAGS.space not in SPACES:
         near = did_you_mean(FLAGS.space, SPACES) if FLAGS.space else f": {', '.join(SPACES)}"
         raise UserError(f"nas: expected --space, got {FLAGS.space!r}{near}")
-    return SPACES[FLAGS.space](config)
+    space = SPACES[FLAGS.space]
+    for flag in NAS_FLAGS:
+        if FLAGS[flag].present and flag not in space.flags:
+            takers = [name for name, each in SPACES.items() if flag in each.flags]
+            raise UserError(f"nas: --space={FLAGS.space} takes no --{flag}; {', '.join(takers)} would")
+    for flag in space.required:
+        if not FLAGS[flag].value:
+            raise UserError(f"nas: expected --{flag} with --space={FLAGS.space}")
+    return space.search(config)
 
 
 def search_layers(config: Any) -> int:
@@ -59,4 +67,51 @@ def search_layers(config: Any) -> int:
     return 0
 
 
-SPACES: dict[str, Callable[[Any], int]] = {"layers": search_layers}
+def search_cells(config: Any) -> int:
+    """Searches the table of all cells of NAS-Bench-201's kind, or makes the table."""
+    from flax_cnns.studies.search.nas.cells import regret, report, table
+
+    folder = pathlib.Path(FLAGS.workdir)
+    if FLAGS.table:
+        if not FLAGS["data-dir"].value:
+            raise UserError("nas: expected --data-dir, the folder of Fashion-MNIST, with --table")
+        path = table.make_table(folder, pathlib.Path(FLAGS["data-dir"].value))
+        print(f"written to {path}")
+        return 0
+    if FLAGS["data-dir"].present:
+        raise UserError("nas: --data-dir is for --table; a search of cells reads the table")
+    own = folder / "table.json"
+    cells = table.read_table(own if own.exists() else None)
+    comparison = regret.compare_searchers(
+        cells,
+        folder,
+        evaluations=50 if FLAGS.trials is None else FLAGS.trials,
+        seeds=FLAGS.seeds or 20,
+    )
+    names = report.write_report(comparison, folder)
+    print((folder / "cells.md").read_text())
+    print(f"written to {folder}: {', '.join(names)}")
+    return 0
+
+
+class NasSpace(NamedTuple):
+    """A space of architectures."""
+
+    search: Callable[[Any], int]  # takes the config; returns the exit code
+    flags: tuple[str, ...]  # that it takes, besides workdir and space
+    required: tuple[str, ...] = ()
+
+
+SPACES: dict[str, NasSpace] = {
+    "layers": NasSpace(
+        search_layers,
+        (
+            *("config", "method", "trials", "seeds", "jobs", "layers", "skips", "strides"),
+            *("child-duration", "controller-rate", "update-every", "entropy", "dry-run"),
+            "accept-changed-data",
+        ),
+        required=("config",),
+    ),
+    "cells": NasSpace(search_cells, ("table", "data-dir", "trials", "seeds")),
+}
+NAS_FLAGS = tuple(dict.fromkeys(flag for space in SPACES.values() for flag in space.flags))

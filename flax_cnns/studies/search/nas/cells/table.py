@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint.lock import DirectoryLock
 from flax_cnns.errors import UserError
 from flax_cnns.models.nas_bench_201 import CellNetwork
+from flax_cnns.studies.search.nas.cells import journal
 from flax_cnns.studies.search.nas.cells.space import SMALL_SPACE, list_cells, prune_cell
 from flax_cnns.studies.search.nas.cells.training import Recipe, Trained, Trainer, read_images
 
@@ -37,6 +37,7 @@ SHIPPED = Path(__file__).with_name("fashion_mnist_729.json")
 COMMAND = "flax-cnns search nas --space=cells --table --workdir=runs/cells --data-dir=DIR"
 SEEDS = (0, 1, 2)
 RECIPE = Recipe()
+IMAGE_SHAPE = (14, 14, 1)
 EVERY = 10  # every tenth cell is trained with all seeds
 
 
@@ -111,13 +112,12 @@ def make_table(
             clock = _Clock(missing, say)
             for i, training in enumerate(missing, 1):
                 trained = trainer.train(*training)
-                _append(path, training, trained)
+                journal.append_row(path, training._asdict() | trained._asdict())
                 done[training] = trained
                 clock.report(i)
         content = write_content(done, recipe, plan)
-        target = folder / "table.json"
-        files.write_text(target, content)
-    return target
+        files.write_text(folder / "table.json", content)
+    return folder / "table.json"
 
 
 class _Clock:
@@ -154,27 +154,12 @@ def _check_recipe(path: Path, recipe: Recipe) -> None:
         )
 
 
-def _append(path: Path, training: Training, trained: Trained) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(training._asdict() | trained._asdict()) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def read_trainings(path: Path) -> dict[Training, Trained]:
-    """Reads trainings.jsonl. Cuts off a last line that a killed process did not finish."""
-    if not path.exists():
-        return {}
-    text = path.read_text()
-    complete = text[: text.rfind("\n") + 1]
-    if complete != text:
-        files.write_text(path, complete)
-    done = {}
-    for line in complete.splitlines():
-        row = json.loads(line)
-        key = Training(row["cell"], row["seed"])
-        done[key] = Trained(row["validation"], row["test"], row["seconds"])
-    return done
+    """Reads trainings.jsonl."""
+    return {
+        Training(row["cell"], row["seed"]): Trained(row["validation"], row["test"], row["seconds"])
+        for row in journal.read_rows(path)
+    }
 
 
 def write_content(done: dict[Training, Trained], recipe: Recipe, plan: list[Training]) -> str:
@@ -207,8 +192,6 @@ def write_content(done: dict[Training, Trained], recipe: Recipe, plan: list[Trai
     body = ",\n".join(lines)
     return f'{json.dumps(head)[:-1]},\n"rows": [\n{body}\n]}}\n'
 
-
-IMAGE_SHAPE = (14, 14, 1)
 
 # ---------------------------------------------------------------------------- reading it
 
