@@ -22,7 +22,9 @@ def search_nas(config: Any) -> int:
     for flag in NAS_FLAGS:
         if FLAGS[flag].present and flag not in space.flags:
             takers = [name for name, each in SPACES.items() if flag in each.flags]
-            raise UserError(f"nas: --space={FLAGS.space} takes no --{flag}; {', '.join(takers)} would")
+            raise UserError(
+                f"nas: --space={FLAGS.space} takes no --{flag}; {', '.join(takers)} would"
+            )
     for flag in space.required:
         if not FLAGS[flag].value:
             raise UserError(f"nas: expected --{flag} with --space={FLAGS.space}")

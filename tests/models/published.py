@@ -326,6 +326,8 @@ PUBLISHED = {
     "nas_bench_201_resnet": Row(559_386, XAUTODL, 0.07853, HAND),
     "nas_bench_201_conv3x3": Row(1_531_546, XAUTODL, 0.22012, HAND),
     "nas_bench_201_conv1x1": Row(241_306, XAUTODL, 0.03138, HAND),
+    "nas_bench_201_best_cifar100": Row(1_288_506, XAUTODL, 0.18473, HAND),
+    "nas_bench_201_fashion_mnist": Row(1_045_466, XAUTODL, 0.14934, HAND),
     # nasnet
     "nasnetalarge": Row(88_753_150, TIMM),
     "keras_nasnetmobile": Row(5_289_978, KERAS),

@@ -197,12 +197,13 @@ def summarize(comparison: Comparison) -> list[dict[str, Any]]:
             difference = statistics.paired_difference(values, ends[BASELINE])
             _, low, high, _ = difference.interval
             row |= dict(difference=difference.interval.mean, difference_low=low)
-            row |= dict(difference_high=high, p=difference.p, verdict=_judge(low, high))
+            row |= dict(difference_high=high, p=difference.p, verdict=judge(low, high))
         rows.append(row)
     return rows
 
 
-def _judge(low: float, high: float) -> str:
+def judge(low: float, high: float) -> str:
+    """Says in words whether an interval of regret minus that of random search excludes 0."""
     if high < 0:
         return "beats random search"
     return "is worse than random search" if low > 0 else "does not beat random search"

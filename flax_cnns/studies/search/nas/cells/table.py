@@ -179,8 +179,8 @@ def write_content(done: dict[Training, Trained], recipe: Recipe, plan: list[Trai
             cell,
             *costs[count],
             round(trained[0].seconds, 2),
-            tuple(t.validation for t in trained),
-            tuple(t.test for t in trained),
+            tuple(round(t.validation, 5) for t in trained),
+            tuple(round(t.test, 5) for t in trained),
         )
         lines.append(json.dumps(row))
     head = {

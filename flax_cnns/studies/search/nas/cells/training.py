@@ -117,16 +117,25 @@ class Trainer:
         )
         self._init = jax.jit(self._make_variables)
         self._fit = jax.jit(self._run_steps)
-        self._evaluate = jax.jit(self._find_accuracy)
+        self._count = jax.jit(self._count_correct)
 
     def train(self, cell: str, seed: int) -> Trained:
         """Trains a cell. Raises `UserError` for a cell that the program does not hold."""
         start = time.process_time()
         masks = jnp.asarray(make_masks(cell))
-        variables = self.fit(self._init(jax.random.key(seed)), masks, seed)
-        validation = float(self._evaluate(variables, masks, *self.images.validation))
-        test = float(self._evaluate(variables, masks, *self.images.test))
+        variables = self.fit(self.start(seed), masks, seed)
+        validation = self.evaluate(variables, masks, *self.images.validation)
+        test = self.evaluate(variables, masks, *self.images.test)
         return Trained(validation, test, time.process_time() - start)
+
+    def start(self, seed: int) -> Any:
+        """Returns initial variables. Those of a cell's own network are among them."""
+        return self._init(jax.random.key(seed))
+
+    def evaluate(self, variables: Any, masks: Array, images: Array, labels: Array) -> float:
+        """Returns the accuracy in 0..1."""
+        correct = self._count(variables, masks, images, labels)
+        return int(correct) / len(labels)
 
     def fit(self, variables: Any, masks: Array, seed: int) -> Any:
         """Returns the variables after the recipe's steps. `seed` determines the batches."""
@@ -167,7 +176,7 @@ class Trainer:
         (params, statistics, _), _ = jax.lax.scan(step, state, rows)
         return {"params": params, "batch_stats": statistics}
 
-    def _find_accuracy(self, variables: Any, masks: Array, images: Array, labels: Array) -> Array:
+    def _count_correct(self, variables: Any, masks: Array, images: Array, labels: Array) -> Array:
         size = math.gcd(len(labels), EVAL_BATCH)
 
         def is_correct(batch: tuple[Array, Array]) -> Array:
@@ -176,4 +185,4 @@ class Trainer:
             return jnp.argmax(logits, -1) == batch[1]
 
         batches = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), (images, labels))
-        return jnp.mean(jax.lax.map(is_correct, batches))
+        return jnp.sum(jax.lax.map(is_correct, batches))
