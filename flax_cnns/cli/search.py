@@ -43,7 +43,7 @@ trials.csv, pictures and winner.py, the config of the best trial, are written.
 `nas` proposes networks, trains each for a short time, and learns from its validation accuracy. The
 space `layers` has the filters and skips of Zoph & Le 2016. The space `cells` has 729 cells of
 NAS-Bench-201's kind. A table has the accuracy of each, so that --seeds searches of each method, by
-default 20, take a minute. --table trains the cells again, for about half an hour on one CPU core.
+default 20, take a minute. --table trains the cells again, for about 15 minutes on one CPU core.
 
 If you repeat a command, complete runs are not repeated. If the data changed, the command ends with
 an error; with --accept-changed-data it continues. docs/search.md has a section for each kind.
