@@ -27,7 +27,7 @@ from flax_cnns.studies.search.nas.cells.table import CellRow, CellTable
 BASELINE = "random"
 
 
-class Comparison(NamedTuple):
+class SearcherComparison(NamedTuple):
     """Histories of all searches over one table."""
 
     table: CellTable
@@ -42,7 +42,7 @@ def compare_searchers(
     evaluations: int = 50,
     seeds: int = 20,
     say: Callable[[str], None] = print,
-) -> Comparison:
+) -> SearcherComparison:
     """Runs every searcher with every seed; searches that are in `folder` are not repeated.
 
     Raises `UserError` if the folder holds searches over another table or with another number of
@@ -70,7 +70,7 @@ def compare_searchers(
                 journal.append_row(path, row)
                 done[name, seed] = history
     histories = {name: {seed: done[name, seed] for seed in range(seeds)} for name in SEARCHERS}
-    return Comparison(table, evaluations, histories)
+    return SearcherComparison(table, evaluations, histories)
 
 
 def _check_settings(path: Path, table: CellTable, evaluations: int) -> None:
@@ -106,7 +106,7 @@ def find_best_so_far(table: CellTable, history: Sequence[str]) -> list[CellRow]:
     return out
 
 
-def measure_regret(comparison: Comparison) -> dict[str, np.ndarray]:
+def measure_regret(comparison: SearcherComparison) -> dict[str, np.ndarray]:
     """Returns the regrets of each searcher, in points: f64 [seeds evaluations]."""
     best = max(row.test[0] for row in comparison.table.rows.values())
     return {
@@ -132,7 +132,7 @@ def measure_floor(table: CellTable) -> float:
     )
 
 
-def find_winner(comparison: Comparison) -> tuple[CellRow, int]:
+def find_winner(comparison: SearcherComparison) -> tuple[CellRow, int]:
     """Returns the cell with the best validation accuracy of all searches, and how many found it."""
     ends = [
         find_best_so_far(comparison.table, history)[-1]
@@ -176,7 +176,7 @@ def measure_noise(table: CellTable) -> TableNoise:
     )
 
 
-def summarize(comparison: Comparison) -> list[dict[str, Any]]:
+def summarize(comparison: SearcherComparison) -> list[dict[str, Any]]:
     """Returns one row for each searcher: its regret, and its paired difference to random search.
 
     A seed gives random search and evolution the same first cells.

@@ -15,7 +15,7 @@ from flax_cnns.analysis.plots import style
 from flax_cnns.models.nas_bench_201 import EDGES, parse_cell
 from flax_cnns.studies.search.nas.cells.regret import (
     BASELINE,
-    Comparison,
+    SearcherComparison,
     find_winner,
     measure_floor,
     measure_noise,
@@ -34,7 +34,7 @@ OPERATION_COLORS = {
 }
 
 
-def write_report(comparison: Comparison, folder: Path) -> list[str]:
+def write_report(comparison: SearcherComparison, folder: Path) -> list[str]:
     """Writes the report into `folder` and returns the names of its files."""
     winner, _ = find_winner(comparison)
     files.write_text(folder / "cells.md", write_markdown(comparison))
@@ -45,7 +45,7 @@ def write_report(comparison: Comparison, folder: Path) -> list[str]:
     return ["cells.md", "regret.csv", "regret.png", "cell.json", "cell.png"]
 
 
-def write_csv(comparison: Comparison) -> str:
+def write_csv(comparison: SearcherComparison) -> str:
     """Returns the curves: mean regret and its 95 % interval after each evaluation."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -57,7 +57,7 @@ def write_csv(comparison: Comparison) -> str:
     return out.getvalue()
 
 
-def write_markdown(comparison: Comparison) -> str:
+def write_markdown(comparison: SearcherComparison) -> str:
     """Returns the report: the noise of the table, the regrets, and the found cell."""
     noise, (winner, finders) = measure_noise(comparison.table), find_winner(comparison)
     rows = summarize(comparison)
@@ -108,7 +108,7 @@ def write_markdown(comparison: Comparison) -> str:
 # ---------------------------------------------------------------------------- pictures
 
 
-def draw_regret(comparison: Comparison, path: Path) -> None:
+def draw_regret(comparison: SearcherComparison, path: Path) -> None:
     """Draws the mean regret of each searcher after each evaluation, with 95 % intervals."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()

@@ -31,7 +31,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.models.nas_bench_201 import CellNetwork
 from flax_cnns.studies.search.nas.cells import journal
 from flax_cnns.studies.search.nas.cells.space import SMALL_SPACE, list_cells, prune_cell
-from flax_cnns.studies.search.nas.cells.training import Recipe, Trained, Trainer, read_images
+from flax_cnns.studies.search.nas.cells.training import Recipe, Trained, CellTrainer, read_images
 
 SHIPPED = Path(__file__).with_name("fashion_mnist_729.json")
 COMMAND = "flax-cnns search nas --space=cells --table --workdir=runs/cells --data-dir=DIR"
@@ -107,7 +107,7 @@ def make_table(
         if missing:
             images = read_images(data_dir, recipe)
             say(f"compiling one program for all cells; {recipe.steps} steps for each training")
-            trainer = Trainer(recipe, images)
+            trainer = CellTrainer(recipe, images)
             trainer.train(plan[0].cell, plan[0].seed)  # compiles, so that no row's time includes it
             clock = _Clock(missing, say)
             for i, training in enumerate(missing, 1):

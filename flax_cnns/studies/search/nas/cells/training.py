@@ -98,7 +98,7 @@ def read_images(folder: Path, recipe: Recipe) -> Images:
     return Images(**{name: ((x - mean) / std, labels) for name, (x, labels) in parts.items()})
 
 
-class Trainer:
+class CellTrainer:
     """Trains cells one after the other. Compiles at the first call only.
 
     A training is one call of one program. Calls for single steps took as much processor time, but

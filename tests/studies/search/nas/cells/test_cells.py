@@ -132,7 +132,7 @@ class FakeTrainer:
 
 
 def make(folder, monkeypatch, recipe=table.RECIPE, dies_at=0):
-    monkeypatch.setattr(table, "Trainer", FakeTrainer)
+    monkeypatch.setattr(table, "CellTrainer", FakeTrainer)
     monkeypatch.setattr(table, "read_images", lambda *_: None)
     monkeypatch.setattr(FakeTrainer, "calls", [])
     monkeypatch.setattr(FakeTrainer, "dies_at", dies_at, raising=False)
@@ -251,7 +251,7 @@ def test_regret_by_hand(small_table):
     assert [row.cell for row in regret.find_best_so_far(small_table, order)] == [
         *(cells[5], cells[5], cells[700], cells[700], cells[728])
     ]
-    comparison = regret.Comparison(small_table, 5, {"random": {0: order, 1: order[::-1]}})
+    comparison = regret.SearcherComparison(small_table, 5, {"random": {0: order, 1: order[::-1]}})
     assert np.allclose(
         regret.measure_regret(comparison)["random"], [[72.3, 72.3, 2.8, 2.8, 0], [0] * 5]
     )

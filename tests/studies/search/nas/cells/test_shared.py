@@ -15,7 +15,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.models.nas_bench_201 import CellNetwork, write_cell
 from flax_cnns.studies.search.nas.cells.shared import make_masks
 from flax_cnns.studies.search.nas.cells.space import prune_cell
-from flax_cnns.studies.search.nas.cells.training import Images, Recipe, Trainer
+from flax_cnns.studies.search.nas.cells.training import Images, Recipe, CellTrainer
 
 RECIPE = Recipe(widths=(4,), train_images=24, validation_images=8, test_images=8, batch_size=8)
 NONE, SKIP, CONV = "none", "skip_connect", "nor_conv_3x3"
@@ -37,7 +37,7 @@ def trainer():
     def split(n):
         return random.randn(n, 6, 6, 1).astype(np.float32), np.arange(n, dtype=np.int32) % 10
 
-    return Trainer(RECIPE, Images(split(24), split(8), split(8)))
+    return CellTrainer(RECIPE, Images(split(24), split(8), split(8)))
 
 
 @pytest.fixture(scope="module")
