@@ -31,7 +31,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.models.nas_bench_201 import CellNetwork
 from flax_cnns.studies.search.nas.cells import journal
 from flax_cnns.studies.search.nas.cells.space import SMALL_SPACE, list_cells, prune_cell
-from flax_cnns.studies.search.nas.cells.training import Recipe, Trained, CellTrainer, read_images
+from flax_cnns.studies.search.nas.cells.training import CellTrainer, Recipe, Trained, read_images
 
 SHIPPED = Path(__file__).with_name("fashion_mnist_729.json")
 COMMAND = "flax-cnns search nas --space=cells --table --workdir=runs/cells --data-dir=DIR"

@@ -15,7 +15,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.models.nas_bench_201 import CellNetwork, write_cell
 from flax_cnns.studies.search.nas.cells.shared import make_masks
 from flax_cnns.studies.search.nas.cells.space import prune_cell
-from flax_cnns.studies.search.nas.cells.training import Images, Recipe, CellTrainer
+from flax_cnns.studies.search.nas.cells.training import CellTrainer, Images, Recipe
 
 RECIPE = Recipe(widths=(4,), train_images=24, validation_images=8, test_images=8, batch_size=8)
 NONE, SKIP, CONV = "none", "skip_connect", "nor_conv_3x3"
