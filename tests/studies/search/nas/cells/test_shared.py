@@ -101,6 +101,7 @@ def test_logits_statistics_and_gradients_are_those_of_the_cells_own_network(
     assert not any(np.any(leaf) for leaf in others)
 
 
+@pytest.mark.slow
 def test_a_cell_trains_to_the_bit_like_its_pruned_cell_and_unlike_others(trainer):
     cell = write_cell((CONV, NONE, CONV, SKIP, SKIP, NONE))  # node 2 leads nowhere
     pruned = prune_cell(cell)
