@@ -80,13 +80,14 @@ def find_pieces(report: FitReport) -> int | None:
     Without a line, or if no number is enough: the largest.
     """
     images = report.batch_size // report.step.devices
-    pieces, found = 2 * report.step.unit, None
+    before = report.step.config.train.accumulate
+    pieces, found = 2 * before, None
     while pieces <= MAX_PIECES and images % pieces == 0:
         found = pieces
         line = report.model
         if line is not None:
             # Only the images of a piece have activations at a time; all of them are in memory.
-            activations = line.per_image * images * report.step.unit / pieces
+            activations = line.per_image * images * before / pieces
             if line.fixed + activations <= report.target.memory:
                 break
         pieces *= 2

@@ -47,7 +47,8 @@ class TargetStep:
 
     Attributes:
         devices: number of devices.
-        unit: the images that a device takes must be a multiple of this number, `train.accumulate`.
+        unit: the images that a device takes must be a multiple of this number: of
+            `train.accumulate`, and even if images are mixed in pairs.
         notes: what was assumed.
         per_state: bytes per device of the parameters, BatchNorm statistics, optimizer's state and
             averaged weights (EMA), which do not depend on the batch.
@@ -69,7 +70,9 @@ class TargetStep:
             config, callbacks=False, devices=list(devices), dataset=dataset
         )
         self.notes += components.dataset.notes if dataset else ()
-        self.components, self.unit = components, config.train.accumulate
+        self.components = components
+        mixes = config.mix.mixup or config.mix.cutmix
+        self.unit = math.lcm(config.train.accumulate, 2 if mixes else 1)
         plan = RunPlan(components)
         configs.raise_problems(plan.find_problems())
         self.state = plan.make_abstract_state()

@@ -197,12 +197,8 @@ def find_fit(
     for note in step.notes:
         say(f"note: {note}")
     prober = Prober(step, target, compiler=compiler, cache=cache, say=say)
-    unit, wanted = step.unit, step.batch_size // step.devices
-    if wanted % unit:
-        raise UserError(
-            f"train.accumulate: {wanted} examples per device cannot be split into {unit} equal"
-            " pieces"
-        )
+    wanted = step.batch_size // step.devices
+    step.trace(step.batch_size)  # refuses a batch that a device cannot split or mix
     prober.compile(wanted)
     find_second_point(prober, wanted)
     largest = check_answer(prober) if check else prober.find_largest()

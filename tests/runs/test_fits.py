@@ -88,7 +88,8 @@ def test_the_real_step_of_a_config(real):
     assert size == pytest.approx(parameters + 4 * 8, abs=64)
     assert report.bound.compute == pytest.approx(report.compiled.flops / 1e9)
     assert report.bound.memory == pytest.approx(report.compiled.traffic / 1e10)
-    assert report.largest % 4 == 0
+    assert report.step.unit == 2  # mixup takes pairs
+    assert report.largest % 8 == 0
     text = fits.format_report(report)
     assert f"largest batch: {report.largest} (by the line through two batches" in text
     assert "roofline bound (not a forecast)" in text
@@ -174,6 +175,7 @@ def search(monkeypatch, compiler, batch, *, unit=1, check=False, target=V5E):
     step = types.SimpleNamespace(
         **dict(devices=8, unit=unit, batch_size=batch, notes=[], config=config, per_state={}),
         measure_batch=lambda size: 0,
+        trace=lambda batch: None,
     )
     monkeypatch.setattr(fits, "TargetStep", lambda *_: step)
     monkeypatch.setattr(fits, "compile_step", compiler)
@@ -255,6 +257,7 @@ def test_a_batch_that_does_not_divide_is_refused_as_in_a_run(folder):
     for changes, message in (
         ({"data.batch_size": 30}, "30 examples cannot be split evenly over 4 devices"),
         ({"train.accumulate": 16}, "8 examples per device cannot be split into 16 equal"),
+        ({"data.batch_size": 36}, "each device needs an even number of images; got 9"),
         ({"optimizer.name": "adamm"}, "adamm"),
     ):
         with pytest.raises(UserError, match=message):
