@@ -77,7 +77,7 @@ def draw_history(
     left, right = figure.subplots(1, 2, sharey=True)
     steps = np.cumsum([trial.steps for trial in trials]) if trials else np.array([])
     unit, word = (1000, "thousand training steps") if steps.size and steps[-1] > 9999 else (1, "")
-    places = [np.arange(1, len(trials) + 1), steps / unit]
+    places = [np.arange(len(trials)), steps / unit]
     labels = ["trial", f"{word or 'training steps'} spent"]
     edge = _find_edge(trials, maximize)
     for axes, xs, label in zip((left, right), places, labels):
@@ -122,12 +122,11 @@ def _draw_points(
         shown = [(x, t) for x, t in zip(xs, trials) if t.state == state and _has_value(t)]
         inside = [(x, t.value) for x, t in shown if is_inside(t)]
         beyond = [x for x, t in shown if not is_inside(t)]
-        label = state
         if inside:
-            axes.plot(*zip(*inside), "o", color=color, markersize=5, zorder=order, label=label)
-            label = "_nolegend_"
+            axes.plot(*zip(*inside), "o", color=color, markersize=5, zorder=order, label=state)
         if beyond:
             line: dict[str, Any] = dict(color=color, markersize=6, clip_on=False, zorder=order)
+            label = f"{state}, {'below' if maximize else 'above'} the axis"
             axes.plot(beyond, [edge] * len(beyond), outside, label=label, **line)
     failed = [x for x, t in zip(xs, trials) if t.state == "failed"]
     if failed:

@@ -238,12 +238,12 @@ def _describe_importance(
         name = f"Stage {stage.number}: " if len(search.stages) > 1 else ""
         if table is None:
             reason = f"fewer than {MIN_TRIALS} complete trials, or all of one value"
-            lines += [*([""] if lines else []), f"{name}not computed ({reason})."]
+            lines += [*([""] if lines else []), f"{name}Not computed ({reason})."]
             continue
         picture = pictures.name_importance(stage.number)
         lines += [
             *([""] if lines else []),
-            f"{name}share of each field in the importance to be among the best {table.targets} of"
+            f"{name}Share of each field in the importance to be among the best {table.targets} of"
             f" {table.trials} complete trials (PED-ANOVA, Watanabe et al. 2023, by Optuna).",
             "",
             "| field | share, % | chance, % |",

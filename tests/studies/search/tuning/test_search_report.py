@@ -153,7 +153,7 @@ def test_less_may_be_better(tmp_path):
     assert record.best.value == min(trial.value for trial in record.trials)
     assert "best validation loss (less is better)" in text
     assert "the lowest of many noisy ones" in text
-    assert "not computed (fewer than 10 complete trials" in text
+    assert "Not computed (fewer than 10 complete trials" in text
     assert not (tmp_path / "importance.png").exists()
 
 
