@@ -136,7 +136,7 @@ def _judge_scales(layers: list[dict], failed: bool) -> Iterator[tuple[str, ...]]
         f"the outputs of the layers have standard deviations from {min(stds):.3g} to"
         f" {max(stds):.3g}, usually {usual:.3g}"
     )
-    if usual < 1e-3:
+    if usual < 1e-2:
         remedy = "initialize with he (model.init=he), or lsuv"
         yield (WRONG if failed else LOOK), f"{text}: they vanish", remedy
     elif high["std"] > 1e3:
