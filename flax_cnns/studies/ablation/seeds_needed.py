@@ -32,7 +32,7 @@ def plan_row(
 
 def make_title(power: float, metric: Metric) -> str:
     """Returns the heading of the column: "seeds for 0.5 points"."""
-    return f"seeds for {power:g}{' points' if metric.is_fraction else ''}"
+    return f"seeds for {_format_difference(power, metric)}"
 
 
 def describe(needed: SeedsNeeded | None) -> str:
@@ -53,14 +53,19 @@ def make_columns(needed: SeedsNeeded | None, power: float, metric: Metric) -> di
 
 def make_note(power: float, metric: Metric) -> str:
     """Returns the sentences below the table."""
-    unit = " points" if metric.is_fraction else ""
+    difference = _format_difference(power, metric)
     return (
-        f"Seeds for {power:g}{unit}: with so many seeds, the paired t-test at {powers.ALPHA:g}"
-        f" finds a true difference of {power:g}{unit} with {powers.POWER:.0%} probability, if the"
+        f"Seeds for {difference}: with so many seeds, the paired t-test at {powers.ALPHA:g}"
+        f" finds a true difference of {difference} with {powers.POWER:.0%} probability, if the"
         " standard deviation of the paired differences is that of the complete seeds; to be safe,"
         f" if it is the upper end of its one-sided {powers.CONFIDENCE:.0%} interval. Holm's"
         " correction needs more."
     )
+
+
+def _format_difference(power: float, metric: Metric) -> str:
+    unit = (" point" if power == 1 else " points") if metric.is_fraction else ""
+    return f"{power:g}{unit}"
 
 
 def _format(seeds: int | None) -> str:

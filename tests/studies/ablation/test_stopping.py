@@ -173,7 +173,7 @@ def test_the_seeds_that_a_difference_needs_are_in_the_report(tmp_path, monkeypat
     folder = write_sweep(tmp_path, rows)
     ablation_report.write(folder, power=1.0)
     report = (folder / "report.md").read_text()
-    assert "| seeds for 1 points |" in report
+    assert "| seeds for 1 point |" in report
     assert "| 10 (to be safe 38) |" in report
     assert "with 80% probability" in report
     csv_lines = (folder / "report.csv").read_text().splitlines()
