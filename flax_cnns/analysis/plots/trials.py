@@ -186,7 +186,7 @@ def draw_parallel_coordinates(
     figure = Figure(figsize=(max(5.5, 1.7 * number + 1.4), 4.0), layout="constrained")
     panel = figure.subplots()
     ranked = sorted(
-        (t for t in trials if t.state == "complete" and _has_value(t)),
+        (t for t in reversed(trials) if t.state == "complete" and _has_value(t)),
         key=lambda trial: trial.value if maximize else -trial.value,
     )
     edge = _find_edge(ranked, maximize)
