@@ -34,6 +34,12 @@ def search_tune(config: Any) -> int:
         return 0
     if config is None:
         raise UserError("tune: expected --config")
+    if is_one_of_several and FLAGS.seeds and not FLAGS.compare:
+        raise UserError(
+            "--seeds: several processes cannot train the winner again, because each of its runs"
+            " has a process of its own; repeat the command without --seeds, then with --seeds in"
+            " one process"
+        )
     file = config_flags.get_config_filename(FLAGS["config"]).partition(":")[0]
     space = tuner.load_space(file)
     names = ("sampler", "pruner", "metric", "jobs", "seed")
@@ -44,6 +50,11 @@ def search_tune(config: Any) -> int:
     given = FLAGS.trials is not None or budget is not None
     options |= dict(trials=FLAGS.trials if given else 20, budget_steps=budget)
     if FLAGS["dry-run"].value:
+        if FLAGS.stages > 1:
+            from flax_cnns.studies.search.tuning.stages import check_stages
+
+            check_stages(FLAGS.stages, options["trials"])
+            print(f"{FLAGS.stages} stages share this equally; the ranges are those of stage 1:")
         tuner.show_plan(config, space, folder, **options)
         return 0
     accept = bool(FLAGS["accept-changed-data"].value)
@@ -74,7 +85,7 @@ def write_report(folder: pathlib.Path) -> None:
 
 def _read_budget() -> int | None:
     budget = FLAGS.budget if FLAGS["budget"].present else None
-    if budget is not None and budget != int(budget):
+    if budget is not None and not budget.is_integer():
         raise UserError(f"--budget: tune takes a number of training steps, got {budget}")
     return None if budget is None else int(budget)
 

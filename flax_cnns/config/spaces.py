@@ -34,6 +34,7 @@ Space = Mapping[str, "Distribution"]  # {path of a field: its distribution}
 RESERVED = {
     "seed": "every trial has the config's seed",
     "train.test_on": "trials are never tested",
+    "train.best_by": "it says which metric all trials are compared by",
 }
 
 

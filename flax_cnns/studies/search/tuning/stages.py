@@ -45,12 +45,13 @@ def tune_in_stages(
     folder: str | os.PathLike,
     *,
     stages: int,
-    trials: int,
+    trials: int | None,
     budget_steps: int | None = None,
     seed: int | None = None,
     **options: Any,
 ) -> None:
-    """Runs the stages of a search. `trials` and `budget_steps` are of all stages together.
+    """Runs the stages of a search. `trials` and `budget_steps` are of all stages together; None is
+    no limit.
 
     The draws of stage 1 have the seed `seed` (None: the config's), those of stage 2 `seed + 1`, and
     so on: with one seed for all, each stage would draw the same places of its ranges. `options` are
@@ -59,11 +60,7 @@ def tune_in_stages(
     """
     folder = pathlib.Path(folder)
     seed = config.seed if seed is None else seed
-    if trials < MIN_STAGE_TRIALS * stages:
-        raise UserError(
-            f"--stages={stages}: expected at least {MIN_STAGE_TRIALS} trials a stage, so"
-            f" --trials={MIN_STAGE_TRIALS * stages} or more, got {trials}"
-        )
+    check_stages(stages, trials)
     if has_stage(folder, stages + 1):
         raise UserError(
             f"{folder} has more stages than {stages}; give --stages={_count_stages(folder)}"
@@ -75,12 +72,24 @@ def tune_in_stages(
         left = stages - number + 1
         if number == stages or not has_stage(folder, number + 1):
             share = budget_steps if budget_steps is None else max(budget_steps // left, 1)
-            options |= dict(trials=max(trials // left, 1), budget_steps=share)
+            options |= dict(
+                trials=trials if trials is None else max(trials // left, 1), budget_steps=share
+            )
             tune(config, space, place, **options, seed=seed + number - 1)
         study = read_study(place)
-        trials -= len(study.trials)
+        if trials is not None:
+            trials -= len(study.trials)
         if budget_steps is not None:
             budget_steps -= sum(trial.steps for trial in study.trials)
+
+
+def check_stages(stages: int, trials: int | None) -> None:
+    """Raises UserError for fewer than 5 trials a stage."""
+    if trials is not None and trials < MIN_STAGE_TRIALS * stages:
+        raise UserError(
+            f"--stages={stages}: expected at least {MIN_STAGE_TRIALS} trials a stage, so"
+            f" --trials={MIN_STAGE_TRIALS * stages} or more, got {trials}"
+        )
 
 
 def _count_stages(folder: pathlib.Path) -> int:

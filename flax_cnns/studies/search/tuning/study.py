@@ -92,8 +92,12 @@ def make_study(
             configs.validate(changed)
             configs.raise_problems(configs.find_problems(changed))
     drawn = Sampler("random", config, space, seed).draw(0).fields
-    with _name_values(drawn):
-        components, _ = dry_run(apply_overrides(config, drawn), {})
+    try:
+        with _name_values(drawn):
+            components, _ = dry_run(apply_overrides(config, drawn), {})
+    except UserError:
+        dry_run(config, {})  # raises what is wrong without the drawn values too
+        raise
     plan = RunPlan(components)
     if not plan.has_validation:
         raise UserError(

@@ -79,8 +79,7 @@ class TrialRun:
         decision, curve = self.decide(others)
         ended = self.record._replace(curve=curve, rungs=decision.rungs)
         if decision.prune_at is not None:
-            value = curve[-1][1] if math.isfinite(curve[-1][1]) else None
-            return ended._replace(state="pruned", value=value, steps=decision.prune_at)
+            return self.prune(decision, curve)
         if not (self.workdir / "summary.json").is_file():
             return None
         summary = workdirs.read_json(self.workdir / "summary.json")
@@ -89,6 +88,17 @@ class TrialRun:
             error = f"no validation/{self.study.metric} was finite"
             return ended._replace(state="failed", steps=summary["step"], error=error)
         return ended._replace(state="complete", value=value, steps=summary["step"])
+
+    def prune(self, decision: Decision, curve: tuple[tuple[int, float], ...]) -> TrialRecord:
+        """Returns the record of a trial that is pruned; both arguments are those of `decide`."""
+        assert decision.prune_at is not None
+        return self.record._replace(
+            curve=curve,
+            rungs=decision.rungs,
+            state="pruned",
+            value=curve[-1][1] if math.isfinite(curve[-1][1]) else None,
+            steps=decision.prune_at,
+        )
 
     def fail(self, error: str, others: Sequence[TrialRecord]) -> TrialRecord:
         """Returns the record of a trial whose run ended with an error."""

@@ -209,7 +209,7 @@ class TrialScheduler(Scheduler[TrialRun]):
     ):
         self.study, self.journal, self.allotment, self.board = study, journal, allotment, board
         self.is_stopped = False  # something else than us has stopped a trial
-        self.asked_to_end: set[int] = set()  # numbers of trials that were told to stop
+        self.pruned: dict[int, TrialRecord] = {}  # {number: end} of trials that were told to stop
         begun = [record for record in journal.read() if record.state == "running"]
         runs = [make_run(study, record) for record in begun]
         super().__init__(runs, slots, signals, accept_changed_data=accept)
@@ -244,22 +244,24 @@ class TrialScheduler(Scheduler[TrialRun]):
     def watch(self) -> None:
         for running in self.running:
             job: TrialRun = running.job
-            if job.record.number in self.asked_to_end or not job.has_news():
+            if job.record.number in self.pruned or not job.has_news():
                 continue
-            records = self.journal.read()
+            others = list_others(self.journal.read(), job.record.number)
             with contextlib.suppress(UserError):  # the log is being replaced
-                decision, curve = job.decide(list_others(records, job.record.number))
+                decision, curve = job.decide(others)
                 self.journal.report(job.record.number, curve)
-                if decision.prune_at is not None:
-                    self.asked_to_end.add(job.record.number)
-                    running.process.terminate()
+                if decision.prune_at is None:
+                    continue
+                # Kept: trials that end before this process does might change the decision.
+                self.pruned[job.record.number] = job.prune(decision, curve)
+                running.process.terminate()
 
     def end(
         self, running: RunningJob, outcome: child.ChildOutcome, seconds: float, is_retried: bool
     ) -> None:
         job: TrialRun = running.job
         others = list_others(self.journal.read(), job.record.number)
-        ended = job.find_end(others)
+        ended = self.pruned.get(job.record.number) or job.find_end(others)
         if ended is None and outcome.status == "interrupted":
             self.is_stopped = True
             return

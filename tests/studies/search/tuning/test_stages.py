@@ -37,7 +37,8 @@ def calls(monkeypatch):
     def tune(config, space, folder, *, trials, budget_steps, seed, **options):
         made.append((folder.name, trials, budget_steps))
         config.lock()
-        allowed = trials if budget_steps is None else min(trials, budget_steps // STEPS)
+        allowed = trials if budget_steps is None else budget_steps // STEPS
+        allowed = allowed if trials is None else min(trials, allowed)
         write_study(folder, config, space, trials=allowed, get_score=score, seed=seed)
 
     monkeypatch.setattr(stages, "tune", tune)
@@ -106,6 +107,9 @@ def test_a_search_that_is_stopped_between_its_stages_goes_on(tmp_path, calls, mo
 def test_training_steps_are_divided_too(tmp_path, calls):
     search(tmp_path, stages=2, trials=100, budget_steps=20 * STEPS)
     assert calls == [(tmp_path.name, 50, 10 * STEPS), ("stage2", 90, 10 * STEPS)]
+    calls.clear()
+    search(tmp_path / "steps", stages=2, trials=None, budget_steps=20 * STEPS)
+    assert calls == [("steps", None, 10 * STEPS), ("stage2", None, 10 * STEPS)]
 
 
 def test_three_stages_narrow_three_times(tmp_path, calls):
