@@ -81,10 +81,11 @@ def test_what_a_search_needs_of_its_config(config, tmp_path):
     config.train.eval_every = "0 steps"
     with pytest.raises(UserError, match="--pruner: it needs validations during the run"):
         check(config, RATE, tmp_path, pruner="median")
-    # The drawn values are not to blame, so the message does not name them.
-    with pytest.raises(UserError, match=r"^train\.best_by: .*'accurcy'; did you mean 'accuracy'"):
-        check(config, RATE, tmp_path, metric="accurcy")
     config.train.eval_every = "2 steps"
+    # The drawn values are not to blame, so the message does not name them.
+    with pytest.raises(UserError, match="accurcy") as error:
+        check(config, RATE, tmp_path, metric="accurcy")
+    assert "would be refused" not in str(error.value)
     study = check(config, RATE, tmp_path, metric="loss")
     assert (study.metric, study.mode) == ("loss", "min")
     assert study.count_steps(study.config) == 6
