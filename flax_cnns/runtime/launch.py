@@ -31,6 +31,7 @@ from flax_cnns.errors import (
     EXIT_USER_ERROR,
     UserError,
 )
+from flax_cnns.files import check_local
 from flax_cnns.runtime import output
 from flax_cnns.runtime.cluster import (
     COORDINATOR,
@@ -223,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.local is None and not (options.check or options.logs):
         parser.error("one of these is required: --local, --check, --logs")
     try:
+        check_local(options.logs or "", "--logs", writes=True)
         logs = Path(options.logs) if options.logs else None
         return run_local(command, options.local, devices=options.devices, logs=logs)
     except UserError as error:

@@ -227,8 +227,20 @@ def test_a_process_that_was_killed_is_named_last(monkeypatch, capsys):
         print("Fatal: a peer is gone", file=sys.stderr)
         sys.exit(1)
         """
-    seldom = types.SimpleNamespace(sleep=lambda _: time.sleep(0.3), monotonic=time.monotonic)
-    monkeypatch.setattr(launch, "time", seldom)
+    children: list[subprocess.Popen] = []
+
+    def start_child(*arguments, **options):
+        children.append(subprocess.Popen(*arguments, **options))
+        return children[-1]
+
+    def wait_for_all(_: float) -> None:
+        for child in children:  # their exit codes stay to be read
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+
+    clock = types.SimpleNamespace(sleep=wait_for_all, monotonic=time.monotonic)
+    starter = types.SimpleNamespace(Popen=start_child, PIPE=subprocess.PIPE)
+    monkeypatch.setattr(launch, "time", clock)
+    monkeypatch.setattr(launch, "subprocess", starter)
     code, _, err = in_this_process(script, capsys)
     assert code == 128 + 9
     assert err.endswith(
@@ -277,6 +289,13 @@ def test_a_command_that_is_not_there(capfd):
     assert capfd.readouterr().err == (
         "error: cannot start 'no-such-command': No such file or directory\n"
     )
+
+
+def test_logs_in_a_bucket_are_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert launch.main(["--logs=gs://bucket/logs", "--", "true"]) == 2
+    assert "error: --logs: gs://bucket/logs is an address" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
