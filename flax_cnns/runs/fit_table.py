@@ -37,11 +37,12 @@ def write_table(
     Other rows of the file stay; a row of the same recipe and topology is replaced. Finished
     compilations are read from `cache`. Raises UserError if the file is not such a table.
     """
-    rows = read_table(path)
+    read_table(path)  # refuses another file before anything is compiled
     files.check_writable(path)
     for number, name in enumerate(names, 1):
         print(f"{number} of {len(names)}: {name} on {target.name}", flush=True)
         report = find_fit(load_recipe(name), target, cache=cache)
+        rows = read_table(path)  # another command may have added rows of other accelerators
         rows[name, target.name] = make_row(name, report)
         files.write_text(path, format_rows(rows))
     print(f"written: {path}")

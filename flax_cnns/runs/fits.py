@@ -177,6 +177,8 @@ class Prober:
             largest = max(largest, *good)
         if largest is None and refused and min(refused) == unit:
             return 0
+        if largest is None and refused and good:
+            return max(good)  # the rest is not known
         return largest
 
     def measure(self, images: int) -> int:
@@ -390,6 +392,8 @@ def raise_if_too_large(report: FitReport) -> None:
             f" {format_bytes(report.target.memory)}"
         )
     fits = f"batch {report.largest} fits" if report.largest else "no batch fits"
+    if report.largest is None:
+        fits = "which batch fits is not known"
     if report.largest and not report.checked:
         fits += " by estimate (--check compiles it)"
     raise UserError(

@@ -218,6 +218,16 @@ def test_nothing_fits(monkeypatch):
         fits.raise_if_too_large(report)
 
 
+def test_a_single_batch_that_fits_is_named(monkeypatch):
+    """One image per device fits and two do not, so there is no line."""
+    compiler = Compiler(GIB, 10 * GIB)
+    report = search(monkeypatch, compiler, 8 * 3)
+    assert (report.model, report.largest, report.checked) == (None, 8, True)
+    assert 2 in compiler.compiled
+    with pytest.raises(UserError, match="; batch 8 fits; --remedies"):
+        fits.raise_if_too_large(report)
+
+
 def test_the_check_corrects_a_curve(monkeypatch):
     """Memory that bends: 65 MiB + 0.1 MiB * images. The line through small batches promises more
     than fits; the roots of the parabola give 185 images."""
