@@ -51,7 +51,8 @@ def check_sanity(
     """Checks the network, the data, the loss and the optimizer of a run's config.
 
     Writes sanity.md, sanity.json and pictures into `folder`, if it is given. Checks whose numbers
-    the folder has from the same config, data and devices are not repeated. `steps`: of the range
+    the folder has from the same config, data and devices are not repeated, and stay on its page.
+    The report has those of `checks` only. `steps`: of the range
     test and of each short training; 0: 100, and as many as take about a minute on two CPU cores.
     The test split is not read. Raises UserError for a config that a run refuses, and if a file
     cannot be written.
@@ -73,7 +74,7 @@ def check_sanity(
     record = _make_record(bench, steps)
     parts = {} if path is None else _read_parts(path / FILE, record, say)
     _Checker(bench, path, record, parts, steps, say).make([c for c in CHECKS if c in checks])
-    parts = {name: parts[name] for name in CHECKS if name in parts and name in checks}
+    parts = {name: parts[name] for name in CHECKS if name in parts}
     findings = judge(parts)
     if path is not None:
         title = _make_title(bench)
@@ -82,7 +83,8 @@ def check_sanity(
         judged = [finding._asdict() for finding in findings]
         files.write_json(path / FILE, record | {"parts": parts, "findings": judged})
         say(f"written to {path}: sanity.md, {FILE}, {', '.join(found)}")
-    return SanityReport(parts, findings)
+    asked = {name: numbers for name, numbers in parts.items() if name in checks}
+    return SanityReport(asked, [finding for finding in findings if finding.check in checks])
 
 
 def _make_title(bench: SanityBench) -> str:
@@ -163,8 +165,9 @@ class _Checker:
             self.parts[name] = numbers
             self.say(f"{name}: {time.perf_counter() - self.began:.0f} s")
             if self.path is not None:
-                files.write_json(self.path / FILE, {**self.record, "parts": self.parts})
+                # The picture comes first: a check whose numbers are in the file is complete.
                 self._draw(name)
+                files.write_json(self.path / FILE, {**self.record, "parts": self.parts})
             if self.trainer.seconds < float("inf") and name == "layers":
                 self._forecast(missing[number + 1 :])
 

@@ -56,6 +56,11 @@ def test_a_sound_config_raises_no_alarm_and_its_numbers_are_kept(tmp_path, monke
     assert again == report
     assert [line.partition(":")[0] for line in said[:1]] == ["inputs"]
     assert (tmp_path / "sanity.md").read_text() == page
+    # Fewer checks: the report has those, and the folder keeps all.
+    fewer, _, _ = run(("loss",), tmp_path, steps=40)
+    assert {finding.check for finding in fewer.findings} == set(fewer.parts) == {"loss"}
+    assert (tmp_path / "sanity.md").read_text() == page
+    assert list(json.loads((tmp_path / "sanity.json").read_text())["parts"]) == list(ALL)
     # Another config is another matter.
     _, _, said = run(("inputs",), tmp_path, steps=40, schedule__learning_rate=0.1)
     assert "of another config" in said[0]

@@ -80,11 +80,15 @@ def make_child_config(config: ConfigDict, duration: str, model: Mapping[str, Any
 
 
 def read_score(job: ChildNetwork) -> ChildScore | None:
-    """Reads the score of a complete child; None if it is not complete."""
+    """Reads the score of a complete child; None if it is not complete.
+
+    The accuracy of multilabel data is the share of images with all labels right.
+    """
     if not (job.workdir / "summary.json").is_file():
         return None
     summary, record = workdirs.read_json(job.workdir / "summary.json"), read_record(job.workdir)
-    values = record.series("validation/accuracy")[1][-LAST:]
+    name = "subset_accuracy" if record.series("validation/subset_accuracy")[1].size else "accuracy"
+    values = record.series(f"validation/{name}")[1][-LAST:]
     accuracies = values[np.isfinite(values)].tolist()
     return ChildScore(accuracies, summary["params"], round(record.seconds or 0.0, 3))
 

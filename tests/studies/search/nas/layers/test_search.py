@@ -161,6 +161,14 @@ def test_a_signal_at_the_end_of_a_run_stops_the_search(runs, tmp_path):
     assert len(runs.seen) == 6
 
 
+def test_multilabel_networks_are_scored_by_images_with_all_labels_right(runs, tmp_path):
+    (trial,) = search(tmp_path, method="random", trials=1)
+    job = children.ChildNetwork(trial.name, tmp_path / "children", None)
+    log = job.workdir / "metrics.jsonl"
+    log.write_text(log.read_text().replace("validation/accuracy", "validation/subset_accuracy"))
+    assert children.read_score(job).accuracies == trial.accuracies
+
+
 def test_equal_rewards_go_to_the_smaller_network():
     trials = [
         LayersTrial(i, (), str(i), [], reward, params, 1.0)
