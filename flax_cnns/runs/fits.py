@@ -175,10 +175,8 @@ class Prober:
             largest = min(largest, min(refused) - unit)
         if largest is not None and good:
             largest = max(largest, *good)
-        if largest is None and refused and min(refused) == unit:
-            return 0
-        if largest is None and refused and good:
-            return max(good)  # the rest is not known
+        if largest is None and refused:
+            return 0 if min(refused) == unit else max(good, default=None)
         return largest
 
     def measure(self, images: int) -> int:
@@ -391,9 +389,9 @@ def raise_if_too_large(report: FitReport) -> None:
             f"a device needs {format_bytes(measure_total(report.step, compiled))} of"
             f" {format_bytes(report.target.memory)}"
         )
-    fits = f"batch {report.largest} fits" if report.largest else "no batch fits"
-    if report.largest is None:
-        fits = "which batch fits is not known"
+    known = report.largest is not None
+    fits = "no batch fits" if known else "which batch fits is not known"
+    fits = f"batch {report.largest} fits" if report.largest else fits
     if report.largest and not report.checked:
         fits += " by estimate (--check compiles it)"
     raise UserError(
