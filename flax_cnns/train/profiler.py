@@ -118,11 +118,12 @@ class StepProfiler:
             self._on_end(self._times)
 
     def close(self) -> None:
-        """Ends and deletes the trace if the loop ends inside the window."""
-        if self._running:
-            self._running = False
+        """Ends and deletes the trace if the loop ends inside the window, or before it."""
+        is_running, self._running = self._running, False
+        if is_running:
             self._leave_step()
             jax.profiler.stop_trace()
+        if is_running or not self._times.steps:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _leave_step(self) -> None:

@@ -135,3 +135,6 @@ def test_a_loop_that_ends_in_the_window_leaves_nothing(tmp_path):
         steps.begin_step(3)
         steps.close()
         assert not (tmp_path / "trace").exists()
+    (tmp_path / "trace").mkdir()
+    StepProfiler(StepWindow(3, 4), tmp_path / "trace", pytest.fail).close()  # before the window
+    assert not (tmp_path / "trace").exists()
