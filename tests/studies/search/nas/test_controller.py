@@ -1,4 +1,4 @@
-"""The controller against torch's LSTM, enumeration of a tiny space, SciPy, and a known optimum."""
+"""The controller against torch's LSTM, enumeration and differences, SciPy, and a known optimum."""
 
 from __future__ import annotations
 
@@ -32,8 +32,13 @@ def make_tiny():
     controller = Controller(LAYERS[:6], learning_rate=0.02)
     params = jax.tree.map(lambda p: 12 * p, controller.init(1).params)
     every = np.array(list(itertools.product(*(range(n) for n in SIZES[:5]))))
-    log_probs, entropies = jit(jax.vmap(controller.compute_log_prob, (None, 0)))(params, every)
-    return controller, params, every, np.asarray(log_probs, float), np.asarray(entropies, float)
+    program = jit(jax.vmap(controller.compute_log_prob, (None, 0)))
+
+    def score(params):
+        """Returns the log-probabilities and entropies of all networks, f64 [72] each."""
+        return [np.asarray(x, float) for x in program(params, every)]
+
+    return controller, params, every, score
 
 
 def test_log_probabilities_are_those_of_torch():
@@ -75,7 +80,8 @@ def test_log_probabilities_are_those_of_torch():
 
 
 def test_probabilities_sum_to_one_and_the_entropy_is_theirs():
-    _, _, every, log_probs, entropies = make_tiny()
+    _, params, every, score = make_tiny()
+    log_probs, entropies = score(params)
     p = np.exp(log_probs)
     assert len(every) == 72
     assert p.sum() == pytest.approx(1, abs=1e-5)
@@ -84,7 +90,8 @@ def test_probabilities_sum_to_one_and_the_entropy_is_theirs():
 
 
 def test_samples_have_their_probabilities():
-    controller, params, every, log_probs, _ = make_tiny()
+    controller, params, every, score = make_tiny()
+    log_probs, _ = score(params)
     keys = jax.random.split(jax.random.key(0), 10_000)
     drawn, drawn_log_probs = jit(jax.vmap(controller.draw, (None, 0)))(params, keys)
     number = {tuple(row): i for i, row in enumerate(every.tolist())}
@@ -95,30 +102,37 @@ def test_samples_have_their_probabilities():
 
 
 def test_reinforce_is_the_gradient_of_the_expected_reward():
-    """Summed over all 72 networks, with their probabilities, whatever the baseline is."""
-    controller, params, every, log_probs, _ = make_tiny()
-    rewards = np.random.default_rng(0).uniform(size=72).astype(np.float32)
-    p = jnp.exp(jnp.asarray(log_probs, jnp.float32))
+    """Summed over all 72 networks, with their probabilities, whatever the baseline is. The gradient
+    is that of differences of the expected reward, in random directions and in its own."""
+    controller, params, every, score = make_tiny()
+    rng = np.random.default_rng(0)
+    rewards = rng.uniform(size=72)
+    p = np.exp(score(params)[0])
+    leaves, structure = jax.tree.flatten(params)
 
-    def expected_reward(params):
-        scores, _ = jax.vmap(controller.compute_log_prob, (None, 0))(params, every)
-        return jnp.sum(jnp.exp(scores) * rewards)
+    def expect_reward(direction, size):
+        moved = [x + np.float32(size) * d for x, d in zip(leaves, direction)]
+        return np.exp(score(jax.tree.unflatten(structure, moved))[0]) @ rewards
 
-    exact = jit(jax.grad(expected_reward))(params)
-    single = jax.vmap(jax.grad(controller.compute_loss), (None, 0, 0, None))
+    def measure_slope(direction):
+        size = 0.03 / np.sqrt(sum((d**2).sum() for d in direction))
+        return (expect_reward(direction, size) - expect_reward(direction, -size)) / (2 * size)
 
-    @jit
-    def estimate(params, baseline):
-        grads = single(params, every[:, None], rewards[:, None], baseline)
-        return jax.tree.map(lambda g: -jnp.tensordot(p, g, 1), grads)
-
+    gradient = jit(jax.grad(controller.compute_loss))
+    directions = [[rng.normal(size=x.shape).astype(np.float32) for x in leaves] for _ in range(5)]
     for baseline in (0.0, 0.7):
-        for ours, theirs in zip(
-            jax.tree.leaves(estimate(params, baseline)), jax.tree.leaves(exact)
-        ):
-            scale = np.abs(theirs).max()
-            np.testing.assert_allclose(ours, theirs, atol=2e-4 * scale + 1e-7)
-    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(exact)) > 1e-3
+        # The loss is a mean over its trials; these count with their probability.
+        weighted = (72 * p * (rewards - baseline) + baseline).astype(np.float32)
+        grads = gradient(params, every, weighted, np.float32(baseline))
+        estimate = [-np.asarray(leaf, float) for leaf in jax.tree.leaves(grads)]
+        scale = np.sqrt(sum((g**2).sum() for g in estimate))
+        assert scale > 1e-2
+        for direction in (estimate, *directions):
+            length = np.sqrt(sum((d**2).sum() for d in direction))
+            expected = sum((g * d).sum() for g, d in zip(estimate, direction)) / length
+            assert measure_slope(direction) / length == pytest.approx(
+                expected, rel=1e-2, abs=1e-3 * scale
+            )
 
 
 def test_it_finds_the_best_of_a_toy_and_the_baseline_follows_the_rewards():
