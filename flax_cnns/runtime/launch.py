@@ -194,8 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--logs",
-        help="folder for the output of each process (host0.log ...) and, in errors/, how"
-        " the processes that failed ended",
+        help="folder for the output of each process (host0.log ...); failures are in errors/",
     )
     parser.add_argument(
         "--check",
@@ -218,8 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--workdir belongs to the command, or to --check without a command")
     if not command:
         parser.error("the command is missing: --local=2 -- python -m experiments.train ...")
-    counts = [n for n in (options.local, options.devices) if n is not None]
-    if any(n < 1 for n in counts):
+    if any(n is not None and n < 1 for n in (options.local, options.devices)):
         parser.error("--local and --devices must be at least 1")
     if options.local is None and not (options.check or options.logs):
         parser.error("one of these is required: --local, --check, --logs")
