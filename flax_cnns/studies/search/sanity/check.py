@@ -51,7 +51,8 @@ def check_sanity(
     """Checks the network, the data, the loss and the optimizer of a run's config.
 
     Writes sanity.md, sanity.json and pictures into `folder`, if it is given. Checks whose numbers
-    the folder has from the same config, data and devices are not repeated, and stay on its page.
+    the folder has from the same config, own parts, data and devices are not repeated, and stay on
+    its page.
     The report has those of `checks` only. `steps`: of the range
     test and of each short training; 0: 100, and as many as take about a minute on two CPU cores.
     The test split is not read. Raises UserError for a config that a run refuses, and if a file
@@ -95,6 +96,7 @@ def _make_record(bench: SanityBench, steps: int) -> dict[str, Any]:
     """Returns what the numbers depend on, as it is read back from JSON."""
     record = {
         "config": configs.to_plain(bench.config),
+        "own": bench.components.own_parts.record,  # with digests of their source
         "fingerprint": bench.dataset.fingerprint,
         "devices": bench.devices,
         "steps": steps,
@@ -111,7 +113,7 @@ def _read_parts(path: pathlib.Path, record: dict[str, Any], say: Callable) -> di
     except (OSError, ValueError):
         return {}
     if not isinstance(found, dict) or {name: found.get(name) for name in record} != record:
-        say(f"{path} is of another config, data or steps: all checks are made anew")
+        say(f"{path} is of another config, own part, data or steps: all checks are made anew")
         return {}
     return restore_nonfinite(found["parts"])
 

@@ -13,8 +13,9 @@ from scipy import stats
 from sklearn.neighbors import KNeighborsClassifier
 
 from flax_cnns import config as configs
+from flax_cnns import files
 from flax_cnns.errors import UserError
-from flax_cnns.studies.search.sanity import bench, initial, inputs, trainings
+from flax_cnns.studies.search.sanity import bench, check, initial, inputs, trainings
 from tests.runs import own_parts
 
 HERE = "tests.studies.search.sanity.parts"
@@ -250,6 +251,19 @@ def test_a_network_is_built_at_each_width(plain):
     assert trainings.find_width_field(made.components) == "width"
     bare = made.components._replace(model=own_parts.Bare())
     assert trainings.find_width_field(bare) is None
+
+
+def test_a_change_of_an_own_network_makes_the_numbers_old(plain, tmp_path):
+    made, *_ = plain
+    record = check._make_record(made, 0)
+    (network,) = record["own"]["model"]
+    assert network["name"] == f"{HERE}:Net"
+    path, said = tmp_path / "sanity.json", []
+    files.write_json(path, record | {"parts": {"loss": {"loss": 2.3}}})
+    assert check._read_parts(path, record, said.append) == {"loss": {"loss": 2.3}}
+    network["digest"] = "another"
+    assert check._read_parts(path, record, said.append) == {}
+    assert "own part" in said[0]
 
 
 def test_several_processes_are_refused(monkeypatch):
