@@ -7,6 +7,8 @@
 The network is from the space of Zoph & Le 2016 (https://arxiv.org/abs/1611.01578, section 4.1):
 3x3 filters, 36 in each layer, no skips. The images keep their own 8x8 pixels, so that a network
 trains in seconds.
+Ours: 98.24 % test accuracy [97.19, 99.29] of this network, seeds 1 to 3; the networks that were
+found: 99.63 and 99.54 %. See experiments/results/search.md, "Layers".
 """
 
 from __future__ import annotations
