@@ -88,6 +88,7 @@ CASES = {  # one variant of each family
         32, 100, 2e-3, dict(width_mult=0.5, hidden=128, momentum=0.9)
     ),
     "nas_v1": LearningCase(16, 100, fields=dict(table=nas.FIGURE_7[:6])),
+    "nas_bench_201_conv3x3": LearningCase(16, 100, fields=dict(depths=(1, 1, 1))),
     "nasnet_a_6_768": LearningCase(
         16, 100, fields=dict(depths=(1, 1, 1), width=8, stem_width=24, drop_path=0.1)
     ),

@@ -37,6 +37,7 @@ GIVEN = [
     ["ablate", f"--workdir={BUCKET}"],
     ["search", "scaling", f"--workdir={BUCKET}"],
     ["visualize", "features", f"--workdir={BUCKET}", "a.png"],
+    ["fits", "--config=digits_lenet5", "--topology=v5e-8", f"--cache={BUCKET}"],
 ]
 
 # Starts the commands as `flax-cnns` does, each in a fork, because importing takes longest.

@@ -453,6 +453,7 @@ def test_a_callback_gets_its_own_copy_of_the_numbers():
         writer=types.SimpleNamespace(write=lambda *_: None),
         progress=types.SimpleNamespace(update=lambda *_: None),
         warned=True,
+        stop_when=None,
         _call_back=lambda hook, step, numbers: numbers.clear(),
     )
     Session._write(session, 3, record := {"validation/accuracy": 0.5})
