@@ -141,7 +141,7 @@ def test_a_search_says_what_it_can_search(tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     for args, message in (
         (["scalin", workdir], "got 'scalin'; did you mean 'scaling'"),
-        ([workdir], "expected scaling first, got ''"),
+        ([workdir], "expected one of sanity, scaling, tune, nas first, got ''"),
         (["scaling", workdir, "--step=7", "--config.data.name=cifar11"], "did you mean 'cifar10"),
     ):
         code, _, err = finish("search", *args)
