@@ -7,6 +7,7 @@ on. A subclass says where jobs come from and what is recorded when they begin an
 
 from __future__ import annotations
 
+import abc
 import collections
 import contextlib
 import pathlib
@@ -80,7 +81,7 @@ class StopSignals:
         self.interrupted |= number == signal.SIGINT
 
 
-class Scheduler(Generic[AnyJob]):
+class Scheduler(abc.ABC, Generic[AnyJob]):
     """Runs jobs on device slots until none is left or a signal comes.
 
     A subclass must define `say`, `settle`, `begin` and `end`, and may define `add_jobs`, `update`
@@ -108,24 +109,24 @@ class Scheduler(Generic[AnyJob]):
 
     jobs_are = "jobs"  # in messages
 
+    @abc.abstractmethod
     def say(self, text: str) -> None:
         """Prints a line."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def settle(self, job: AnyJob) -> bool:
         """Whether the job needs no process. Called with the job's log locked."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def begin(self, job: AnyJob) -> dict[str, Any]:
         """Records that an attempt begins. Returns what `end` finds as `running.previous`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def end(
         self, running: RunningJob, outcome: child.ChildOutcome, seconds: float, is_retried: bool
     ) -> None:
         """Records how an attempt ended. Called with the job's slot free, and the job queued again
         if `is_retried`."""
-        raise NotImplementedError
 
     def add_jobs(self) -> None:
         """Adds jobs to `waiting` if slots are free. Called before jobs are started."""
@@ -148,9 +149,7 @@ class Scheduler(Generic[AnyJob]):
                         self.add_jobs()
                     self._start_jobs()
                     self.update()
-                is_settled = (
-                    not self.next_poll
-                )  # a job ended without a process; there may be others
+                is_settled = not self.next_poll  # a job ended without a process: look for others
                 if not (self.running or is_settled or (self.waiting and not self.signals.count)):
                     return
                 time.sleep(0.05)
