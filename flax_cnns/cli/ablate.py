@@ -10,14 +10,16 @@ flax-cnns ablate --config=configs/ablations/regularizers_tuned.py:digits --tune=
     --workdir=runs/tuned
 flax-cnns ablate --config=configs/ablations/regularizers.py:digits --seeds=5 --width=1 \
     --most=20 --workdir=runs/precise --baseline=runs/regular
+flax-cnns ablate --join a/report.csv b/report.csv --workdir=runs/joined --power=1
 
 Reports the results as a table with confidence intervals. The config file has a function sweep()
 that yields (name, {field: value, ...}) for each row, with the baseline first. With --tune=N, each
 row, the baseline included, first gets N trials on the validation split over the file's space() and
 the row's own space, the third part of a row; its cells have the best values. A cell is a row with
 one seed: a run in WORKDIR/ROW/seedS. If you repeat the command, complete cells are not run again,
-unless their data changed; --accept-changed-data keeps these cells too. Exit codes: 1 if cells
-failed, 75 if cells were interrupted, 130 after Ctrl-C.
+unless their data changed; --accept-changed-data keeps these cells too. With --join, makes one
+report of the report.csv of several pieces of an ablation, each with its own baseline, in WORKDIR;
+nothing is trained. Exit codes: 1 if cells failed, 75 if cells were interrupted, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from flax_cnns.cli.flags import define_accept, define_config
-from flax_cnns.errors import EXIT_FAULT, EXIT_PREEMPTED
+from flax_cnns.cli.flags import define_accept, define_arguments, define_config
+from flax_cnns.errors import EXIT_FAULT, EXIT_PREEMPTED, UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the ablation's runs.", required=True)
 _SEEDS = flags.DEFINE_integer(
@@ -69,6 +71,9 @@ _INDEX = flags.DEFINE_integer(
 )
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "Only show the plan and the time that it will take.")
 _REPORT = flags.DEFINE_bool("report", False, "Only write the report of the complete cells.")
+_JOIN = flags.DEFINE_bool(
+    "join", False, "Only write one report of the rows of several report.csv, see the top."
+)
 _INTERVAL = flags.DEFINE_enum("interval", "t", ["t", "bootstrap"], "Kind of interval.")
 _MARGIN = flags.DEFINE_float(
     "margin",
@@ -89,6 +94,10 @@ _METRIC = flags.DEFINE_string(
 )
 _ACCEPT = define_accept()
 _CONFIG = define_config("ablations/regularizers")
+_FILES = "one or more report.csv of ablations"
+define_arguments(_FILES, "[--join REPORT.csv...]", least=0)
+
+_JOIN_FLAGS = ("workdir", "join", "report", "interval", "margin", "power", "metric")
 
 
 def ablate(argv: list[str]) -> int:
@@ -101,13 +110,17 @@ def ablate(argv: list[str]) -> int:
     from flax_cnns.studies.ablation import ablate as ablation
     from flax_cnns.studies.ablation import plan, tuning
 
-    del argv
     folder = _WORKDIR.value
     if _MARGIN.value is not None:
         check_margin(_MARGIN.value)
     if _POWER.value is not None:
         check_difference(_POWER.value)
     forms: dict[str, Any] = dict(interval=_INTERVAL.value, margin=_MARGIN.value, power=_POWER.value)
+    if _JOIN.value:
+        _join(argv[1:], forms)
+        return 0
+    if argv[1:]:
+        raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --; --join takes files")
     if _REPORT.value:
         ablation.write_report(folder, metric=_METRIC.value, **forms)
         return 0
@@ -134,3 +147,17 @@ def ablate(argv: list[str]) -> int:
         print("interrupted; run the same command again to resume")
         return EXIT_PREEMPTED
     return EXIT_FAULT if "failed" in statuses else 0
+
+
+def _join(files: list[str], forms: dict[str, Any]) -> None:
+    ours = {flag.name for flag in flags.FLAGS.flags_by_module_dict()[__name__]}
+    for name in flags.FLAGS:
+        is_ours = name in ours or name.startswith("config.")
+        if flags.FLAGS[name].present and is_ours and name not in _JOIN_FLAGS:
+            raise UserError(f"--{name} does not go with --join, which trains nothing")
+    if not files:
+        raise UserError(f"--join: expected {_FILES}, got none")
+    from flax_cnns.studies.ablation.joining import join
+
+    paths = join(files, _WORKDIR.value, metric=_METRIC.value, **forms)
+    print(f"written to {_WORKDIR.value}: {', '.join(path.name for path in paths)}")

@@ -65,7 +65,9 @@ def make_columns(test: MarginTest | None, metric: Metric) -> dict[str, Any]:
 
 def make_note(test: MarginTest, metric: Metric) -> str:
     """Returns the sentences below the table."""
-    margin = f"{metric.factor * test.margin:g}" + (" points" if metric.is_fraction else "")
+    margin = f"{metric.factor * test.margin:g}"
+    if metric.is_fraction:
+        margin += " point" if margin == "1" else " points"
     text = (
         f"Equivalent: two one-sided paired t-tests reject at {ALPHA} each that the difference is"
         f" {margin} or more in either direction."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -15,34 +14,38 @@ from flax_cnns.studies.ablation.reading import RowResults
 from flax_cnns.studies.ablation.summaries import RowSummary
 
 
-def draw_differences(
-    summaries: Sequence[RowSummary], plan: dict[str, Any], metric: Metric, png: pathlib.Path
-) -> None:
-    baseline = next((s for s in summaries if s.row.name == plan["baseline"]), None)
-    forest_rows, test, factor = [], f"test/{metric.name}", metric.factor
+def draw_differences(summaries: Sequence[RowSummary], metric: Metric, png: pathlib.Path) -> None:
+    """Draws the differences of all rows, each from the baseline of its piece."""
+    pieces = list(dict.fromkeys(summary.row.piece for summary in summaries))
+    numbers = {piece: f" ({number})" if piece else "" for number, piece in enumerate(pieces, 1)}
+    forest_rows, baselines, factor = [], [], metric.factor
     for summary in summaries:
+        row, number = summary.row, numbers[summary.row.piece]
         if summary.difference is None:
+            baselines.append(row.name + number + _describe_mean(summary))
             continue
-        row = summary.row
         mean, low, high, n = summary.difference.interval
         points = Interval(factor * mean, factor * low, factor * high, n)
-        ours = row.values(test)
-        theirs = baseline.row.values(test) if baseline else {}
-        pairs = [factor * (ours[s] - theirs[s]) for s in sorted(ours.keys() & theirs.keys())]
+        pairs = [factor * pair for pair in summary.pairs]
         why = f" ({row.why_incomplete})" if row.why_incomplete else ""
-        forest_rows.append(forest.ForestRow(row.name, points, pairs, f"no complete pair{why}"))
-    title = f"against {plan['baseline']}"
-    if baseline and baseline.value.n:
-        unit = " %" if metric.is_fraction else ""
-        title += f": {metric.format(baseline.value.mean)}{unit}, n={baseline.value.n}"
+        note = f"no complete pair{why}"
+        forest_rows.append(forest.ForestRow(row.name + number, points, pairs, note))
     forest.draw_forest(
         forest_rows,
         png,
-        title=title,
+        title=f"against {'; '.join(baselines)}",
         x_label=f"difference of test {metric.name}{metric.difference_unit}",
         decimals=metric.decimals,
         more_is_better=metric.is_fraction,
     )
+
+
+def _describe_mean(summary: RowSummary) -> str:
+    """Describes a row's mean: ": 81.30 %, n=5"; "" if no cell is complete."""
+    if not summary.value.n:
+        return ""
+    unit = " %" if summary.metric.is_fraction else ""
+    return f": {summary.metric.format(summary.value.mean)}{unit}, n={summary.value.n}"
 
 
 def draw_curves(

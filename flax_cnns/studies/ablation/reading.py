@@ -41,12 +41,6 @@ class RowResults(NamedTuple):
         values = {s: record.last_value(name) for s, record in self.records.items()}
         return {s: value for s, value in values.items() if value is not None}
 
-    @property
-    def why_incomplete(self) -> str:
-        """How many cells have no result, and why: "2 failed, 1 missing"."""
-        counts = collections.Counter(c.status for c in self.cells.values() if c.record is None)
-        return ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
-
 
 def read_plan(folder: pathlib.Path) -> dict[str, Any]:
     """Reads ablation.json. Raises UserError if it is missing or damaged."""

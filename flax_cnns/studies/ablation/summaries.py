@@ -1,9 +1,13 @@
-"""Summarizes the rows of an ablation: intervals, differences from the baseline, costs."""
+"""Summarizes the rows of an ablation: intervals, differences from the baseline, costs.
+
+The measurements of a row come from its cells (`measure_row`) or from a report.csv (`joining`).
+"""
 
 from __future__ import annotations
 
+import collections
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,18 +22,52 @@ from flax_cnns.studies.ablation.reading import RowResults, count_params_and_macs
 ALPHA = 0.05  # a difference may be printed bold if its corrected p-value is below this
 
 
+class RowMeasurements(NamedTuple):
+    """What the cells of a row gave, for one test metric; None for unknown values."""
+
+    name: str
+    values: Mapping[int, float]  # {seed: the test metric} of the complete cells
+    seeds: int  # the number of cells
+    without_result: Mapping[str, int] = {}  # {status: number} of the other cells
+    gap: float | None = None  # the metric on the training examples minus that on the test split
+    size: tuple[int, int | None] | None = None  # parameters, MACs
+    seconds_per_step: float | None = None
+    seconds: float | None = None
+    piece: str = ""  # the report.csv that the row is from, in a joined report
+
+    @property
+    def why_incomplete(self) -> str:
+        """How many cells have no result, and why: "2 failed, 1 missing"."""
+        return ", ".join(f"{n} {status}" for status, n in sorted(self.without_result.items()))
+
+
+def measure_row(row: RowResults, metric: Metric) -> RowMeasurements:
+    """Takes from the records of a row's cells what the tables show."""
+    values, fit = row.values(f"test/{metric.name}"), row.values(f"fit/{metric.name}")
+    records = row.records.values()
+    return RowMeasurements(
+        name=row.name,
+        values=values,
+        seeds=len(row.cells),
+        without_result=collections.Counter(
+            cell.status for cell in row.cells.values() if cell.record is None
+        ),
+        gap=_mean(fit[s] - values[s] for s in fit),
+        size=next((size for size in map(count_params_and_macs, records) if size), None),
+        seconds_per_step=_mean(record.seconds_per_step for record in records),
+        seconds=_mean(record.seconds for record in records),
+    )
+
+
 class RowSummary(NamedTuple):
     """One line of the report's tables; NaN or None for unknown values."""
 
-    row: RowResults
+    row: RowMeasurements
     value: Interval  # of the metric
     error: Interval  # 1 - metric, for a metric that is a fraction
     difference: Difference | None  # from the baseline; None for the baseline
-    p_holm: float
-    gap: float | None  # the metric on the training examples minus that on the test split
-    size: tuple[int, int | None] | None  # parameters, MACs
-    seconds_per_step: float | None
-    seconds: float | None
+    pairs: Sequence[float]  # the differences of the seeds that both rows have
+    p_holm: float = math.nan
     metric: Metric = Metric("accuracy")
     margin: MarginTest | None = None  # None without --margin, and for the baseline
     seeds_needed: SeedsNeeded | None = None  # None without --power, and for the baseline
@@ -45,7 +83,7 @@ class RowSummary(NamedTuple):
 
 
 def summarize_rows(
-    rows: Sequence[RowResults],
+    rows: Sequence[RowMeasurements],
     baseline: str,
     method: str,
     metric: Metric,
@@ -53,37 +91,33 @@ def summarize_rows(
     power: float | None = None,
 ) -> list[RowSummary]:
     """Summarizes rows; `margin` and `power` are those of `report.write`."""
-    test = f"test/{metric.name}"
-    reference = next((row.values(test) for row in rows if row.name == baseline), {})
-    differences = [
-        None
-        if row.name == baseline
-        else statistics.paired_difference(row.values(test), reference, method=method)
-        for row in rows
-    ]
-    corrected = statistics.holm([math.nan if d is None else d.p for d in differences])
+    reference = next((row.values for row in rows if row.name == baseline), {})
     summaries = []
-    for row, difference, p_holm in zip(rows, differences, corrected):
-        values, fit = row.values(test), row.values(f"fit/{metric.name}")
-        records = row.records.values()
-        sizes = map(count_params_and_macs, records)
+    for row in rows:
+        values, difference = row.values, None
+        if row.name != baseline:
+            difference = statistics.paired_difference(values, reference, method=method)
+        seeds = sorted(values.keys() & reference.keys()) if difference else []
         summaries.append(
             RowSummary(
                 row=row,
                 value=statistics.mean(list(values.values()), method=method),
                 error=statistics.mean([1 - value for value in values.values()], method=method),
                 difference=difference,
-                p_holm=p_holm,
-                gap=_mean(fit[s] - values[s] for s in fit),
-                size=next((size for size in sizes if size), None),
-                seconds_per_step=_mean(record.seconds_per_step for record in records),
-                seconds=_mean(record.seconds for record in records),
+                pairs=[values[seed] - reference[seed] for seed in seeds],
                 metric=metric,
                 margin=margins.make_test(difference, values, reference, metric, margin),
                 seeds_needed=seeds_needed.plan_row(difference, values, reference, metric, power),
             )
         )
-    return summaries
+    return correct_p_values(summaries)
+
+
+def correct_p_values(summaries: Sequence[RowSummary]) -> list[RowSummary]:
+    """Returns the rows with Holm's correction over all of them."""
+    p_values = [math.nan if s.difference is None else s.difference.p for s in summaries]
+    corrected = statistics.holm(p_values)
+    return [summary._replace(p_holm=p) for summary, p in zip(summaries, corrected)]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -94,7 +94,7 @@ def test_an_interval_without_zero_is_not_bold_when_holm_says_no(tmp_path):
 
 
 def test_an_interval_that_is_printed_with_a_zero_is_not_bold():
-    summary = RowSummary(*[None] * 4, 0.01, *[None] * 4)
+    summary = RowSummary(*[None] * 4, pairs=(), p_holm=0.01)
     for low, bold in ((0.0002, True), (0.00004, False), (-0.0002, False), (float("nan"), False)):
         interval = Interval(0.01, low, 0.02 if low == low else low, 5)
         difference = Difference(interval, 0.01)
@@ -327,7 +327,7 @@ def test_a_margin_says_what_is_equivalent_and_what_is_only_not_significant(tmp_p
         "better": "not worse, p 0.001",
         "lone": "-",
     }
-    assert "rejects that the row is worse by 1 points or more" in markdown
+    assert "rejects that the row is worse by 1 point or more" in markdown
     values = numbers(found["better"], "margin", "p_not_worse")
     np.testing.assert_allclose(values, [0.01, 0.001372], atol=1e-6)
     assert float(found["better"]["p_equivalent"]) > 0.5
