@@ -12,7 +12,8 @@ A config file's function `space()` returns a dict from paths of fields to distri
 
 The paths are those of overrides: `model.FIELD` and `own.NAME.FIELD` included. `when` makes a
 distribution conditional: the field is drawn only if the config, with what was drawn before it, has
-this value, or one of these if the value is a tuple. `to_value` makes the field's value of the drawn
+this value, or one of these if the value is a tuple. A value that is itself a tuple is written as a
+tuple of one: `when={"train.dropout": ((0.25,),)}`. `to_value` makes the field's value of the drawn
 one: a rule that gives kernels a weight decay, for example.
 """
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 from flax_cnns.config.fields import FIELDS
@@ -113,7 +114,7 @@ def is_active(distribution: Distribution, config: Any) -> bool:
     """Whether the field is drawn, given the config with what was drawn before it."""
     flat = flatten(config)
     return all(
-        any(_to_json(flat.get(path)) == _to_json(value) for value in _get_options(wanted))
+        any(_to_json(flat.get(path)) == _to_json(value) for value in get_options(wanted))
         for path, wanted in distribution.when.items()
     )
 
@@ -132,7 +133,7 @@ def describe_space(space: Space) -> dict[str, dict[str, Any]]:
         else:
             entry |= {"low": each.low, "high": each.high, "log": each.log}
         if each.when:
-            entry["when"] = {name: list(_get_options(value)) for name, value in each.when.items()}
+            entry["when"] = {name: list(get_options(value)) for name, value in each.when.items()}
         if each.to_value is not None:
             drawn = each.ends if each.kind == "choice" else (each.low, _middle(each), each.high)
             entry["to_value"] = [each.make_value(value) for value in drawn]
@@ -140,12 +141,35 @@ def describe_space(space: Space) -> dict[str, dict[str, Any]]:
     return to_plain(described)
 
 
-def check_space(config: Any, space: Any) -> None:
+def get_options(wanted: Any) -> tuple[Any, ...]:
+    """Returns the values of a condition: a tuple or list gives several."""
+    return tuple(wanted) if isinstance(wanted, (tuple, list)) else (wanted,)
+
+
+def format_value(value: Any) -> str:
+    """Formats a drawn value, or a field's value made of it, for people: numbers with four digits.
+
+    Files keep the exact values.
+    """
+    if isinstance(value, str):
+        return value
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(_round(value))
+
+
+def format_values(values: Mapping[str, Any]) -> str:
+    """Formats drawn values: "schedule.learning_rate=0.00213, optimizer.name=adam"."""
+    return ", ".join(f"{path}={format_value(value)}" for path, value in values.items())
+
+
+def check_space(config: Any, space: Any, *, shared: Collection[str] = ()) -> None:
     """Raises `UserError` if a space does not fit a config, a valid ConfigDict or mapping.
 
     Refuses a path that is no field, a field that a search sets itself, a range whose ends are
     upside down, a value that the field does not accept, and a condition that can never be true or
     that names a field drawn later.
+
+    shared: paths of fields that may be never drawn with this config, because a condition depends on
+    a field that the rows of a sweep set.
     """
     if not isinstance(space, Mapping) or not space:
         raise UserError(f"space(): expected {{field: distribution, ...}}, got {space!r}")
@@ -164,6 +188,27 @@ def check_space(config: Any, space: Any) -> None:
         _check_range(path, each)
         _check_values(path, each)
         _check_condition(path, each, space, flat)
+    for path, reason in find_never_drawn(config, space).items():
+        if path not in shared:
+            raise UserError(f"space(): {path} is never drawn: {reason}")
+
+
+def find_never_drawn(config: Any, space: Space) -> dict[str, str]:
+    """Returns {path: reason} of the fields whose condition the config itself makes false: it
+    depends on a field that is not searched, or is never drawn, and has another value."""
+    flat = flatten(config)
+    found: dict[str, str] = {}
+    for path, each in space.items():
+        for name, wanted in each.when.items():
+            value = _to_json(flat.get(name))
+            is_drawn = name in space and name not in found
+            if not is_drawn and value not in map(_to_json, get_options(wanted)):
+                options = " or ".join(map(_label, get_options(wanted)))
+                found[path] = (
+                    f"when: expected {name} to be {options}, but it is {_label(value)} in the"
+                    " config, and the search does not change it"
+                )
+    return found
 
 
 def _check_range(path: str, each: Distribution) -> None:
@@ -197,32 +242,41 @@ def _check_values(path: str, each: Distribution) -> None:
 
 
 def _check_condition(path: str, each: Distribution, space: Space, flat: Mapping[str, Any]) -> None:
-    order = list(space)
+    if not isinstance(each.when, Mapping):
+        raise UserError(f"space(): {path}: when: expected {{field: value}}, got {each.when!r}")
     for name, wanted in each.when.items():
-        if name not in space:
-            if name not in flat:
-                raise UserError(
-                    f"space(): {path}: when: unknown field {name!r}"
-                    f"{did_you_mean(name, [*space, *flat])}"
-                )
-            continue  # a row of a sweep may set it
-        if order.index(name) >= order.index(path):
-            raise UserError(f"space(): {path}: when: {name} must be drawn before it; move it up")
-        other = space[name]
-        if other.kind != "choice":
+        if name not in space and name not in flat:
             raise UserError(
-                f"space(): {path}: when: {name} is not a choice; its values are a range"
+                f"space(): {path}: when: unknown field {name!r}"
+                f"{did_you_mean(name, [*space, *flat])}"
             )
-        known = [_to_json(other.make_value(value)) for value in other.values]
-        for option in _get_options(wanted):
-            if _to_json(option) not in known:
+        known = _list_values(path, name, space, flat)
+        if isinstance(wanted, (tuple, list)) and _to_json(wanted) in known:
+            raise UserError(
+                f"space(): {path}: when: a tuple means several values of {name}; write"
+                f" ({wanted!r},) for the value {wanted!r}"
+            )
+        if not get_options(wanted):
+            raise UserError(f"space(): {path}: when: expected a value of {name}, got {wanted!r}")
+        for option in get_options(wanted):
+            if name in space and _to_json(option) not in known:
                 near = did_you_mean(_label(option), list(map(_label, known)))
                 raise UserError(f"space(): {path}: when: {name} is never {option!r}{near}")
 
 
-def _get_options(wanted: Any) -> tuple[Any, ...]:
-    """Returns the values of a condition: a tuple or list gives several."""
-    return tuple(wanted) if isinstance(wanted, (tuple, list)) else (wanted,)
+def _list_values(path: str, name: str, space: Space, flat: Mapping[str, Any]) -> list[Any]:
+    """Lists the values, as in JSON, that `name` may have when `path` is drawn."""
+    if name not in space:
+        return [_to_json(flat[name])]
+    order, other = list(space), space[name]
+    if order.index(name) >= order.index(path):
+        raise UserError(f"space(): {path}: when: {name} must be drawn before it; move it up")
+    if other.kind != "choice":
+        raise UserError(f"space(): {path}: when: {name} is not a choice; its values are a range")
+    values = [other.make_value(value) for value in other.values]
+    if other.when and name in flat:  # where it is not drawn, it has the config's value
+        values.append(flat[name])
+    return list(map(_to_json, values))
 
 
 def _label(value: Any) -> str:
@@ -237,6 +291,13 @@ def _to_json(value: Any) -> Any:
         raise UserError(
             f"space(): expected numbers, strings, tuples and None as values, got {value!r}"
         ) from None
+
+
+def _round(value: Any) -> Any:
+    """Returns the value with all numbers inside rounded to four digits; tuples are lists."""
+    if isinstance(value, (tuple, list)):
+        return list(map(_round, value))
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _middle(each: Distribution) -> float | int:

@@ -14,10 +14,11 @@ baseline.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flax_cnns.config.flat import flatten
+from flax_cnns.config.spaces import Distribution, describe_space
 from flax_cnns.errors import UserError
 
 Row = tuple[Any, ...]  # (name, overrides) or (name, overrides, space)
@@ -31,15 +32,14 @@ def list_parts(parts: Mapping[str, Any]) -> list[Row]:
 def combine_parts(parts: Mapping[str, Any], names: Iterable[str], row: str = "") -> Row:
     """Makes a row of several parts together, called `row` or the names joined by "+".
 
-    Raises UserError if there is no such part, or if two of them give a field different values.
+    Raises UserError if there is no such part, or if two of them give a field different values or
+    different spaces.
     """
-    names = list(names)
+    names = _check_names(parts, names)
     overrides: dict[str, Any] = {}
     space: dict[str, Any] = {}
     first: dict[str, str] = {}  # the part that set a field
     for name in names:
-        if name not in parts:
-            raise UserError(f"sweep(): there is no part {name!r}; the parts: {', '.join(parts)}")
         own, own_space = _split_part(name, parts[name])
         for path, value in flatten(own).items():
             if path in overrides and overrides[path] != value:
@@ -49,7 +49,13 @@ def combine_parts(parts: Mapping[str, Any], names: Iterable[str], row: str = "")
                 )
             overrides[path] = value
             first.setdefault(path, name)
-        space |= own_space
+        for path, each in own_space.items():
+            if path in space and _describe(space[path]) != _describe(each):
+                raise UserError(
+                    f"sweep(): the part {name!r} and one before it give {path} different spaces;"
+                    " they cannot be in one row"
+                )
+            space[path] = each
     row = row or "+".join(names)
     return (row, overrides, space) if space else (row, overrides)
 
@@ -58,9 +64,10 @@ def pair_parts(parts: Mapping[str, Any], names: Iterable[str] = ()) -> list[Row]
     """Makes a row of every two parts, called "A+B", in the order of `parts`.
 
     `names`: the parts to pair; () takes all. Leaves out two parts that give a field different
-    values, such as two strengths of one method.
+    values, such as two strengths of one method. Raises UserError if there is no such part.
     """
-    chosen = [name for name in parts if not names or name in set(names)]
+    names = _check_names(parts, names)
+    chosen = [name for name in parts if not names or name in names]
     rows = []
     for a, b in itertools.combinations(chosen, 2):
         first, second = (flatten(_split_part(name, parts[name])[0]) for name in (a, b))
@@ -84,13 +91,18 @@ def leave_one_out(parts: Mapping[str, Any], row: str = "together") -> list[Row]:
     return rows
 
 
-def make_grid(fields: Mapping[str, Sequence[Any]], base: Mapping[str, Any] = {}) -> list[Row]:
+def make_grid(fields: Mapping[str, Iterable[Any]], base: Mapping[str, Any] = {}) -> list[Row]:
     """Makes a row of each combination of values: `{path: [values]}`, the last path fastest.
 
     A row's name has the last part of each path, "learning_rate=0.1,width_mult=2", or the whole
-    path where two paths end alike. `base`: overrides of every row.
+    path where two paths end alike. `base`: overrides of every row. Raises UserError if there is no
+    field, or if a field has no list of values.
     """
-    if not fields or any(not values for values in fields.values()):
+    for path, values in fields.items():
+        if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+            raise UserError(f"sweep(): {path}: expected a list of values, got {values!r}")
+    fields = {path: list(values) for path, values in fields.items()}
+    if not fields or not all(fields.values()):
         raise UserError("sweep(): a grid needs one field or more, with one value or more each")
     ends = [path.rpartition(".")[2] for path in fields]
     labels = [end if ends.count(end) == 1 else path for path, end in zip(fields, ends)]
@@ -100,6 +112,19 @@ def make_grid(fields: Mapping[str, Sequence[Any]], base: Mapping[str, Any] = {})
         name = ",".join(f"{label}={value}" for label, value in named)
         rows.append((name, flatten(base) | dict(zip(fields, values))))
     return rows
+
+
+def _check_names(parts: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if name not in parts:
+            raise UserError(f"sweep(): there is no part {name!r}; the parts: {', '.join(parts)}")
+    return names
+
+
+def _describe(each: Any) -> Any:
+    """Returns what two equal distributions have in common."""
+    return describe_space({"": each}) if isinstance(each, Distribution) else each
 
 
 def _split_part(name: str, part: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -87,9 +87,83 @@ def test_to_value_makes_the_value_of_the_field():
             },
             ("never 'adamw'", "'adam'"),
         ),
+        # What is not searched and has another value in the config would silently never be drawn.
+        (
+            {"train.ema": uniform(0, 0.9, when={"optimizer.name": "adam"})},
+            ("train.ema is never drawn", "optimizer.name to be adam", "it is sgd in the config"),
+        ),
+        (
+            {
+                "optimizer.name": choice("sgd", "adam", when={"mix.mixup": 0.2}),
+                "train.ema": uniform(0, 0.9, when={"optimizer.name": "adam"}),
+            },
+            ("optimizer.name is never drawn",),
+        ),
+        # A tuple that is a value of the field itself.
+        (
+            {
+                "train.dropout": choice((), (0.25,)),
+                "train.ema": uniform(0, 0.9, when={"train.dropout": (0.25,)}),
+            },
+            ("a tuple means several values of train.dropout; write ((0.25,),)",),
+        ),
+        (
+            {"train.ema": uniform(0, 0.9, when={"train.dropout": ()})},
+            ("write ((),) for the value ()",),
+        ),
+        (
+            {"train.ema": uniform(0, 0.9, when={"mix.mixup": ()})},
+            ("expected a value of mix.mixup",),
+        ),
+        ({"train.ema": uniform(0, 0.9, when="sgd")}, ("train.ema: when: expected {field", "'sgd'")),
     ],
 )
 def test_a_bad_space_is_refused_with_its_path(space, words):
     with pytest.raises(UserError) as caught:
         spaces.check_space(default_config(), space)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_condition_may_ask_for_tuples_and_for_the_value_of_a_field_that_is_not_drawn():
+    space = {
+        "train.dropout": choice((), (0.25,), (0.5,)),
+        "train.ema": uniform(0.5, 0.9, when={"train.dropout": ((0.25,), (0.5,))}),
+        "optimizer.name": choice("adam", "lamb", when={"train.dropout": ((),)}),
+        # sgd is the config's optimizer, which the trials with dropout have.
+        "optimizer.momentum": uniform(0.5, 0.9, when={"optimizer.name": "sgd"}),
+    }
+    spaces.check_space(default_config(), space)
+    ema = space["train.ema"]
+    assert spaces.is_active(ema, {"train.dropout": (0.5,)})
+    assert not spaces.is_active(ema, {"train.dropout": ()})
+    assert spaces.describe_space(space)["train.ema"]["when"] == {"train.dropout": [[0.25], [0.5]]}
+
+
+def test_fields_that_are_never_drawn_are_found_also_behind_each_other():
+    space = {
+        "optimizer.name": choice("sgd", "adam", when={"mix.mixup": 0.2}),
+        "train.ema": uniform(0, 0.9, when={"optimizer.name": "adam"}),
+        "optimizer.momentum": uniform(0.5, 0.9, when={"optimizer.name": "sgd"}),
+    }
+    assert list(spaces.find_never_drawn(default_config(), space)) == ["optimizer.name", "train.ema"]
+    spaces.check_space(default_config(), space, shared=["optimizer.name", "train.ema"])
+    config = default_config()
+    config.mix.mixup = 0.2
+    assert spaces.find_never_drawn(config, space) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.25781079474205343, "0.2578"),
+        (0.00021234567, "0.0002123"),
+        (12, "12"),
+        ("sgd", "sgd"),
+        (True, "true"),
+        (None, "null"),
+        (((r".*/kernel", 0.0123456789), (".*", 0.0)), '[[".*/kernel", 0.01235], [".*", 0.0]]'),
+    ],
+)
+def test_drawn_values_have_four_digits_for_people(value, text):
+    assert spaces.format_value(value) == text
+    assert spaces.format_values({"a.b": value, "c": 1}) == f"a.b={text}, c=1"

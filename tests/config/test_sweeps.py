@@ -7,6 +7,7 @@ import re
 import pytest
 
 from configs.common import get_config
+from flax_cnns.config.spaces import uniform
 from flax_cnns.config.sweeps import combine_parts, leave_one_out, list_parts, make_grid, pair_parts
 from flax_cnns.errors import UserError
 from flax_cnns.studies.ablation import plan
@@ -31,6 +32,7 @@ def test_single_parts_and_pairs():
     assert pair_parts(PARTS, ["mixup", "flip"]) == [
         ("flip+mixup", {"data.augment.flip": True, "mix.mixup": 0.2})
     ]
+    assert pair_parts(PARTS, iter(["mixup", "flip"])) == pair_parts(PARTS, ["mixup", "flip"])
 
 
 def test_leave_one_out():
@@ -78,6 +80,14 @@ def test_spaces_of_parts_are_joined():
         {"x": "range a", "y": "range b"},
     )
     assert leave_one_out(parts)[2] == ("without-b", {"x": 1, "z": 3}, {"x": "range a"})
+    # Two parts may give a field the same space, and not two.
+    rates = [uniform(0.0, high) for high in (1.0, 1.0, 2.0)]
+    parts = {str(i): ({}, {"train.ema": rate}) for i, rate in enumerate(rates)}
+    assert combine_parts(parts, ["0", "1"])[2]["train.ema"].high == 1.0
+    with pytest.raises(
+        UserError, match=r"the part '2' and one before it give train\.ema different"
+    ):
+        combine_parts(parts, ["0", "2"])
 
 
 @pytest.mark.parametrize(
@@ -88,6 +98,9 @@ def test_spaces_of_parts_are_joined():
         (lambda: combine_parts(PARTS, ["flop"]), "there is no part 'flop'; the parts: flip, crop"),
         (lambda: list_parts({"a": 3}), "part a: expected {field: value, ...} or (overrides, space"),
         (lambda: make_grid({"train.ema": []}), "a grid needs one field or more"),
+        (lambda: pair_parts(PARTS, ["flip", "crap"]), "there is no part 'crap'; the parts: flip,"),
+        (lambda: make_grid({"optimizer.name": "sgd"}), "optimizer.name: expected a list of values"),
+        (lambda: make_grid({"train.ema": 0.9}), "train.ema: expected a list of values, got 0.9"),
     ],
 )
 def test_mistakes(make, message):

@@ -67,23 +67,35 @@ def load_space(file: str | os.PathLike) -> dict[str, Any]:
 def plan_tuning(rows: Sequence[SweepRow], common: Mapping[str, Any]) -> list[RowTuning]:
     """Returns what is tuned in each row: `common`, the space of all rows, and the row's own space.
 
-    Raises UserError for a row without any dimension, for what `spaces.check_space` refuses, and for
-    an override of the row that is outside of its space.
+    A field of `common` that a row never draws, because the row's config makes its condition false,
+    is left out there. Raises UserError for a row without any dimension, for what
+    `spaces.check_space` refuses, for a field of `common` that no row draws, and for an override of
+    the row that is outside of its space.
     """
-    tunings = []
+    tunings, unused = [], dict.fromkeys(common, "")
     for row in rows:
         space = {**common, **row.space}
+        shared = common.keys() - row.space.keys()
+        try:
+            if space:
+                spaces.check_space(row.config, space, shared=shared)
+        except UserError as error:
+            raise UserError(f"row {row.name}: {error}") from None
+        never_drawn = spaces.find_never_drawn(row.config, space)
+        space = {path: each for path, each in space.items() if path not in never_drawn}
+        unused = {path: never_drawn[path] for path in unused if path in never_drawn}
         if not space:
             raise UserError(
                 f"--tune: row {row.name} has no space: give it as the third part of the row in"
                 " sweep(), or give all rows one by space()"
             )
         try:
-            spaces.check_space(row.config, space)
             untuned = find_untuned(row.config, space, set(configs.flatten(row.overrides)))
         except UserError as error:
             raise UserError(f"row {row.name}: {error}") from None
         tunings.append(RowTuning(row, space, untuned))
+    for path, reason in unused.items():
+        raise UserError(f"space(): no row ever draws {path}; in the last one, {reason}")
     return tunings
 
 
@@ -243,7 +255,7 @@ def tune_rows(
             failed[name] = next((t.error for t in known.trials if t.error), "")
             say(f"row {name}: none of its {trials} trials is complete: {failed[name]}")
         else:
-            values = ", ".join(f"{path}={v!r}" for path, v in known.chosen.values.items())
+            values = spaces.format_values(known.chosen.values)
             say(f"row {name}: trial {known.best} is the best: {values}")
             tuned[name] = apply_tuned(tuning.row, known)
     return tuned, failed

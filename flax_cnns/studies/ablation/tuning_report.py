@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from flax_cnns.config.spaces import format_value
 from flax_cnns.files import write_text
 from flax_cnns.names import escape_unprintable
 from flax_cnns.runs.metric import Metric, make_metric
@@ -143,14 +144,15 @@ def _format_row(row: TunedRow, metric: Metric) -> list[str]:
     best = chosen.validation if chosen else None
     first = untuned.validation if untuned else None
     rank = rank_untuned(row)
+    sign = 1 if row.mode == "max" else -1  # a gain is positive, also where less is better
     return [
         row.name,
         f"{len(scores)} of {len(row.trials)}",
-        ", ".join(f"`{path}={_shorten(value)}`" for path, value in values.items()) or "-",
+        ", ".join(f"`{path}={format_value(value)}`" for path, value in values.items()) or "-",
         ", ".join(f"{which} `{path}`" for which, path in map(str.split, find_edges(row))) or "no",
         "-" if first is None else metric.format(first),
         "-" if best is None else metric.format(best),
-        "-" if first is None or best is None else metric.format(best - first, "+"),
+        "-" if first is None or best is None else metric.format(sign * (best - first), "+"),
         spread,
         "-" if rank is None else f"{rank[0]} of {rank[1]}",
     ]
@@ -166,8 +168,3 @@ def _count_complete(row: TunedRow) -> int:
 
 def _get_untuned(row: TunedRow) -> TunedTrial | None:
     return row.trials[0] if row.has_untuned and row.trials else None
-
-
-def _shorten(value: Any) -> Any:
-    """Returns a number with four significant digits, anything else as it is."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -75,7 +76,9 @@ def test_an_ablation_with_tuned_rows(config, runs, tmp_path, capsys, monkeypatch
     # Only tune at first: no cell runs, and the report has the trials alone.
     options = dict(tune=4, space=SPACE)
     assert ablate.ablate(config, SWEEP, tmp_path, seeds=0, **options) == {}
-    assert "equal budgets: 4 trials for each of 2 rows, 8 trials" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "equal budgets: 4 trials for each of 2 rows, 8 trials" in printed
+    assert re.search(r"row none: trial \d is the best: \S+=0\.\d{1,5}\n", printed)
     assert len(runs) == 8
     assert {run.seed for run, _ in runs} == {tuning.SEED_OFFSET}
     assert {run.train.test_on for run, _ in runs} == {"never"}
@@ -218,6 +221,19 @@ def test_the_values_of_the_untuned_row_are_found(config):
     assert plain.untuned is None  # mixup is off in this row, and the range does not contain 0
 
 
+def test_a_field_of_all_rows_is_left_out_where_its_condition_is_false(config):
+    rows = plan.make_rows(config, SWEEP)
+    common = SPACE | {"train.ema": uniform(0.5, 0.9, when={MIXUP: 0.2})}
+    none, mixup = tuning.plan_tuning([row._replace(space={}) for row in rows], common)
+    assert list(none.space) == [RATE]
+    assert list(mixup.space) == [RATE, "train.ema"]
+    with pytest.raises(UserError, match=r"no row ever draws train\.ema; in the last one, when"):
+        tuning.plan_tuning(rows[:1], common)
+    own = rows[0]._replace(space={"train.ema": common["train.ema"]})
+    with pytest.raises(UserError, match=r"row none: space\(\): train\.ema is never drawn"):
+        tuning.plan_tuning([own, rows[1]], common)
+
+
 @pytest.mark.parametrize(
     ("sweep", "space", "message"),
     [
@@ -292,6 +308,10 @@ def test_the_section_of_the_report():
         " | 90.00 | +20.00 | 70.00, 80.00, 90.00 | 3 of 3 |"
     ) in text
     assert "Not all 4 trials of a row are complete: row (3)." in text
+    # Less loss is a gain.
+    loss = make_row(best=2, mode="min", scores=(0.9, 1.2, 0.7))._replace(metric="validation/loss")
+    text = "\n".join(tuning_report.format_section([loss], plan_of))
+    assert "| 0.9000 | 0.7000 | +0.2000 | 1.2000, 0.9000, 0.7000 | 2 of 3 |" in text
     assert "Not tuned yet: later." in text
     assert tuning_report.format_section([], {"rows": []}) == []
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich import progress as bars
 from rich.console import Console
 
+from flax_cnns.config.spaces import format_values
 from flax_cnns.runs.metric import FRACTION_METRICS
 from flax_cnns.studies.scheduler import RunningJob
 from flax_cnns.studies.search.tuning.records import TrialRecord, find_best
@@ -105,7 +106,7 @@ class TuningBoard:
         if trial.value is not None:
             line += f", {self.format_value(trial.value)}"
         line += f", {format_duration(seconds)}" if seconds else ""
-        line += f"; {describe_values(trial.fields)}"
+        line += f"; {format_values(trial.values)}"
         if trial.error:
             line += f"; {trial.error} (see {trial.workdir}.txt)"
         best = find_best(records, self.study.mode)
@@ -130,11 +131,3 @@ def _forecast_run(running: RunningJob) -> tuple[float, int] | None:
     pace = (last["time"] - first["time"]) / (last["step"] - first["step"])
     steps = running.job.last_step
     return first["time"] - began + pace * (steps - first["step"]), steps
-
-
-def describe_values(values: Mapping[str, Any]) -> str:
-    """Returns values such as "schedule.learning_rate=0.00213, optimizer.name=adam"."""
-    return ", ".join(
-        f"{path}={value:.4g}" if isinstance(value, float) else f"{path}={value}"
-        for path, value in values.items()
-    )

@@ -10,8 +10,9 @@ The rule, which the report repeats:
 3. A choice keeps the values that these trials drew, in their order.
 4. A field that has one value left is no longer searched: the finer stage's config has this value.
    If the field's condition may fail, it keeps its old range instead.
-5. A condition keeps the values that can still be drawn. A field whose condition can no longer hold
-   is left out. A field that none of these trials drew keeps its range.
+5. A condition keeps the values that can still be drawn. A field whose condition can no longer hold,
+   also because of a field that is left out, is left out. A field that none of these trials drew
+   keeps its range.
 
 A field that does not matter has values all over its range among the best, so it stays wide.
 """
@@ -24,7 +25,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from flax_cnns.config.spaces import Distribution
+from flax_cnns.config.spaces import Distribution, get_options
 from flax_cnns.errors import UserError
 
 BEST_FRACTION = 0.1  # of the trials
@@ -125,7 +126,7 @@ def _narrow_condition(
     """Returns the condition with the values that can still be drawn; None if it cannot hold."""
     when = {}
     for name, wanted in old.when.items():
-        options = tuple(wanted) if isinstance(wanted, (tuple, list)) else (wanted,)
+        options = get_options(wanted)
         if name in narrowed:
             remaining = [narrowed[name].make_value(value) for value in narrowed[name].values]
         elif name in fixed:

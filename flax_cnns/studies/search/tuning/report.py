@@ -10,9 +10,10 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flax_cnns.config.spaces import format_value
 from flax_cnns.errors import UserError
 from flax_cnns.evaluation.uncertainty import wilson_interval
 from flax_cnns.files import write_text
@@ -152,22 +153,18 @@ def _make_best_table(search: SearchRecord) -> list[str]:
     heading = f"{search.metric_label}{search.metric.unit}"
     columns = ["trial", heading, "steps", *(f"`{path}`" for path in paths)]
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-    given = [format_drawn(search.given_values.get(path)) for path in paths]
+    given = [_format_drawn(search.given_values, path) for path in paths]
     lines.append("| " + " | ".join(["given config", "", "", *given]) + " |")
     for trial in ranked:
-        drawn = [format_drawn(trial.drawn.get(path)) for path in paths]
+        drawn = [_format_drawn(trial.drawn, path) for path in paths]
         cells = [trial.name, search.metric.format(trial.value), f"{trial.steps:,}", *drawn]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def format_drawn(value: Any) -> str:
-    """Formats a drawn value for a table: four digits of a number, "-" if it was not drawn."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value) if isinstance(value, (str, int)) else json.dumps(value)
+def _format_drawn(drawn: Mapping[str, Any], path: str) -> str:
+    """Formats the drawn value of a field for a table; "-" if it was not drawn."""
+    return format_value(drawn[path]) if path in drawn else "-"
 
 
 def _describe_winner(search: SearchRecord, best: RankedTrial) -> list[str]:
@@ -181,7 +178,7 @@ def _describe_winner(search: SearchRecord, best: RankedTrial) -> list[str]:
     ]
     lines += [""] if changes else []
     for change in changes:
-        given, winner = (json.dumps(value) for value in (change.given, change.winner))
+        given, winner = map(format_value, (change.given, change.winner))
         lines.append(f"- `{change.path}`: {given} → {winner}")
     if edges := _find_edges(search, best):
         lines += ["", f"At the edge of its range: {'; '.join(edges)}. A wider range may be better."]
@@ -199,7 +196,7 @@ def _find_edges(search: SearchRecord, best: RankedTrial) -> list[str]:
         height = axis.scale(best.drawn[axis.name])
         if not EDGE < height < 1 - EDGE:
             end = axis.low if height < 0.5 else axis.high
-            value = format_drawn(best.drawn[axis.name])
+            value = format_value(best.drawn[axis.name])
             edges.append(f"`{axis.name}` = {value}, and the range ends at {end:g}")
     return edges
 
@@ -284,12 +281,12 @@ def _make_space_table(search: SearchRecord) -> list[str]:
             if path in stage.space:
                 cells.append(format_distribution(stage.space[path]))
             else:
-                cells.append(format_drawn(stage.fixed[path]) if path in stage.fixed else "-")
+                cells.append(_format_drawn(stage.fixed, path))
         conditions = [
-            f"`{name}` is {' or '.join(map(str, options))}"
+            f"`{name}` is {' or '.join(map(format_value, options))}"
             for name, options in each.get("when", {}).items()
         ]
-        cells += [", ".join(conditions), format_drawn(search.given_values.get(path))]
+        cells += [", ".join(conditions), _format_drawn(search.given_values, path)]
         lines.append("| " + " | ".join(cells) + " |")
     for stage in search.stages[1:]:
         numbers = ", ".join(map(str, stage.basis))
@@ -307,7 +304,7 @@ def _make_space_table(search: SearchRecord) -> list[str]:
 def format_distribution(each: dict[str, Any]) -> str:
     """Formats a distribution, as `describe_space` gives it: "0.001 to 1, log", "sgd, adam"."""
     if each["kind"] == "choice":
-        return ", ".join(map(format_drawn, each["values"]))
+        return ", ".join(map(format_value, each["values"]))
     kind = " integer" if each["kind"] == "integer" else ""
     return f"{each['low']:.4g} to {each['high']:.4g}{kind}{', log' if each['log'] else ''}"
 

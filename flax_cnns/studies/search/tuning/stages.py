@@ -14,10 +14,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from flax_cnns.config.spaces import Distribution
+from flax_cnns.config.spaces import Distribution, find_never_drawn
 from flax_cnns.errors import UserError
 from flax_cnns.files import write_json
 from flax_cnns.studies.ablation import plan
@@ -34,7 +33,7 @@ from flax_cnns.studies.search.tuning.search_record import (
     has_stage,
     read_narrowing,
 )
-from flax_cnns.studies.search.tuning.tuner import is_one_of_several, tune
+from flax_cnns.studies.search.tuning.tuner import is_writer, tune
 
 MIN_STAGE_TRIALS = 5  # fewer trials in a stage are a mistake
 
@@ -118,10 +117,12 @@ def _make_finer(
         )
     else:
         narrowed = narrow_space(space, select_best(scored, maximize=coarse.mode == "max"))
-        if not is_one_of_several(os.environ) or jax.process_index() == 0:
+        if is_writer():
             made = {"basis": narrowed.basis, "fixed": narrowed.fixed}
             write_json(get_narrowing_path(folder, number), made)
-    return set_fixed_fields(config, space, narrowed), narrowed.space
+    config = set_fixed_fields(config, space, narrowed)
+    idle = find_never_drawn(config, narrowed.space)
+    return config, {path: each for path, each in narrowed.space.items() if path not in idle}
 
 
 def set_fixed_fields(

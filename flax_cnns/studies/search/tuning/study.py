@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -26,6 +25,7 @@ from flax_cnns.train import schedules
 # Fields of data that leave the validation images as they are. With others, trials would be compared
 # on different images.
 DATA_FIELDS = ("data.batch_size", "data.eval_batch_size", "data.image_size", "data.augment.")
+_Result = TypeVar("_Result")
 PROBES = 32  # random drawings that are checked before the first trial
 
 
@@ -85,19 +85,10 @@ def make_study(
     seed = config.seed if seed is None else seed
     drawer = Sampler(sampler, config, space, seed, first)
     drawer.count_points()  # raises UserError if there are too many
+    random = Sampler("random", config, space, seed)
     for number in range(PROBES):
-        drawing = Sampler("random", config, space, seed).draw(number)
-        with _name_values(drawing.fields):
-            changed = apply_overrides(config, drawing.fields)
-            configs.validate(changed)
-            configs.raise_problems(configs.find_problems(changed))
-    drawn = Sampler("random", config, space, seed).draw(0).fields
-    try:
-        with _name_values(drawn):
-            components, _ = dry_run(apply_overrides(config, drawn), {})
-    except UserError:
-        dry_run(config, {})  # raises what is wrong without the drawn values too
-        raise
+        _check_trial(config, random.draw(number).fields, _check_fields)
+    components, _ = _check_trial(config, random.draw(0).fields, lambda trial: dry_run(trial, {}))
     plan = RunPlan(components)
     if not plan.has_validation:
         raise UserError(
@@ -141,16 +132,25 @@ def make_study(
     )
 
 
-@contextlib.contextmanager
-def _name_values(fields: Mapping[str, Any]) -> Iterator[None]:
-    """A context that adds the drawn values to a UserError."""
+def _check_fields(config: ConfigDict) -> None:
+    configs.validate(config)
+    configs.raise_problems(configs.find_problems(config))
+
+
+def _check_trial(
+    config: ConfigDict, fields: Mapping[str, Any], check: Callable[[ConfigDict], _Result]
+) -> _Result:
+    """Returns what `check` returns for the config of a trial with these drawn values.
+
+    Raises its UserError with the values; without them, if the config alone is refused too.
+    """
     try:
-        yield
+        return check(apply_overrides(config, fields))
     except UserError as error:
-        drawn = ", ".join(f"{path}={value!r}" for path, value in fields.items())
+        check(config)
         raise UserError(
-            f"space(): a trial with {drawn} would be refused: {error}; a field that only some"
-            " values of another field use needs when={field: value}"
+            f"space(): a trial with {spaces.format_values(fields)} would be refused: {error}; a"
+            " field that only some values of another field use needs when={field: value}"
         ) from None
 
 

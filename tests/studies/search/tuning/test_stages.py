@@ -142,6 +142,19 @@ def test_stages_are_reported_together(tmp_path, calls):
     assert [line.split(",")[0] for line in lines[1:]] == ["1"] * 12 + ["2"] * 12
 
 
+def test_a_field_whose_condition_depends_on_a_field_that_is_left_out_is_left_out(tmp_path, calls):
+    space = SPACE | {
+        # sgd is never among the best, so Nesterov momentum and what depends on it are left out.
+        "optimizer.momentum": uniform(0.5, 0.9, when={"optimizer.nesterov": True}),
+        "train.ema": uniform(0.5, 0.9, when={"optimizer.nesterov": False}),
+    }
+    config = common.get_config()
+    stages.tune_in_stages(config, space, tmp_path, stages=2, trials=20)
+    finer = read_study(tmp_path / "stage2")
+    assert "optimizer.momentum" not in finer.space
+    assert "train.ema" in finer.space  # the config has no Nesterov momentum
+
+
 def test_too_few_trials_and_too_few_stages_are_refused(tmp_path, calls):
     with pytest.raises(UserError, match=r"at least 5 trials a stage, so --trials=10 or more"):
         search(tmp_path, stages=2, trials=9)

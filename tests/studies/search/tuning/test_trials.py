@@ -60,7 +60,7 @@ def check(config, space, folder, **options):
         ({"model.widht": integer(1, 9)}, "lenet5 has no field 'widht'"),
         (
             {"optimizer.name": choice("adam", "sgd"), "optimizer.momentum": uniform(0.5, 0.9)},
-            "would be refused: config.optimizer.momentum=0.",
+            "optimizer.momentum=0.5171 would be refused: config.optimizer.momentum=0.",
         ),
     ],
 )
@@ -86,6 +86,10 @@ def test_what_a_search_needs_of_its_config(config, tmp_path):
     with pytest.raises(UserError, match="accurcy") as error:
         check(config, RATE, tmp_path, metric="accurcy")
     assert "would be refused" not in str(error.value)
+    config.optimizer.update(dict(name="adam", nesterov=True))
+    with pytest.raises(UserError, match=r"^config\.optimizer\.nesterov=True: only sgd"):
+        check(config, RATE, tmp_path)
+    config.optimizer.update(dict(name="sgd", nesterov=False))
     study = check(config, RATE, tmp_path, metric="loss")
     assert (study.metric, study.mode) == ("loss", "min")
     assert study.count_steps(study.config) == 6
