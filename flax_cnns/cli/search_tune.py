@@ -9,7 +9,9 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from flax_cnns import config as configs
 from flax_cnns.errors import EXIT_FAULT, EXIT_PREEMPTED, UserError
+from flax_cnns.runtime import launch
 
 FLAGS = flags.FLAGS
 
@@ -18,7 +20,7 @@ def search_tune(config: Any) -> int:
     """Searches the values of the config file's `space()`, then writes the report.
 
     With --report, only writes the report. With --seeds, also retrains the winner and the given
-    config. With --compare, compares searches instead.
+    config. With --compare, compares searches instead. Of several processes, process 0 writes.
     """
     from flax_cnns.studies.search.tuning import tuner
 
@@ -30,10 +32,18 @@ def search_tune(config: Any) -> int:
         jax.config.update("jax_platforms", "cpu")
     folder = pathlib.Path(FLAGS.workdir)
     if FLAGS.report:
-        write_report(folder)
+        for name in ("compare", "dry-run", "seeds"):
+            if FLAGS[name].present:
+                raise UserError(f"--report only writes the report; remove it, or --{name}")
+        if is_one_of_several:
+            launch.initialize()
+        if tuner.is_writer():
+            write_report(folder)
         return 0
     if config is None:
         raise UserError("tune: expected --config")
+    if FLAGS.seeds and not FLAGS.compare:
+        configs.require_test(config, "--seeds trains the winner again and tests it")
     if is_one_of_several and FLAGS.seeds and not FLAGS.compare:
         raise UserError(
             "--seeds: several processes cannot train the winner again, because each of its runs"
@@ -65,12 +75,10 @@ def search_tune(config: Any) -> int:
         tune_in_stages(config, space, folder, **options, accept_changed_data=accept)
     else:
         result = tuner.tune(config, space, folder, **options, accept_changed_data=accept)
-        tuner.print_result(result)
-    if is_one_of_several:
-        import jax  # after `tune` has connected the processes
-
-        if jax.process_index() > 0:
-            return 0
+        if tuner.is_writer():
+            tuner.print_result(result)
+    if not tuner.is_writer():
+        return 0
     write_report(folder)
     return _retrain(folder, accept) if FLAGS.seeds else 0
 
@@ -94,6 +102,7 @@ def _compare(
     config: Any, space: Any, folder: pathlib.Path, options: dict[str, Any], budget: int | None
 ) -> int:
     """Compares searches with the pruners that --compare names."""
+    from flax_cnns.studies.search.tuning import tuner
     from flax_cnns.studies.search.tuning.comparison import SearchMethod, compare_methods
 
     for name in ("pruner", "seed", "trials", "stages", "dry-run"):
@@ -117,7 +126,8 @@ def _compare(
         jobs=options["jobs"],
         accept_changed_data=bool(FLAGS["accept-changed-data"].value),
     )
-    print(f"written to {folder}: comparison.md, comparison.csv, comparison.png")
+    if tuner.is_writer():
+        print(f"written to {folder}: comparison.md, comparison.csv, comparison.png")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 
+import jax
 import pytest
 
 from configs import search_digits
@@ -92,6 +93,33 @@ def test_report_needs_neither_a_config_nor_a_search(run):
     assert run(config=None, report=True) == (0, [("report", {})])
     with pytest.raises(UserError, match="expected --config"):
         run(config=None)
+
+
+@pytest.mark.parametrize("other", [{"compare": ["none"]}, {"dry_run": True}, {"seeds": 5}])
+def test_report_does_nothing_else(run, other):
+    (name,) = other
+    with pytest.raises(UserError, match=f"--report only writes.* --{name.replace('_', '-')}$"):
+        run(report=True, **other)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_of_several_processes_the_first_one_writes(run, monkeypatch, index):
+    monkeypatch.setattr(tuner, "is_one_of_several", lambda _: True)
+    monkeypatch.setattr(tuner.launch, "initialize", lambda: None)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    reports = [] if index else ["report"]
+    assert names(run()[1]) == ["tune", *reports]
+    assert names(run(stages=2, trials=30)[1]) == ["stages", *reports]
+    assert names(run(config=None, report=True)[1]) == reports
+    with pytest.raises(UserError, match="several processes cannot train the winner again"):
+        run(seeds=2)
+
+
+def test_a_winner_that_is_never_tested_is_refused_before_the_search(run):
+    config = search_digits.get_config()
+    config.train.test_on = "never"
+    with pytest.raises(UserError, match="--seeds trains the winner again and tests it"):
+        run(config=config, seeds=2)
 
 
 def test_stages_share_the_trials(run):

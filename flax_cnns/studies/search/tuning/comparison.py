@@ -24,10 +24,14 @@ from flax_cnns.analysis.plots.budget_curves import BudgetCurve, draw_budget_curv
 from flax_cnns.config.spaces import Distribution
 from flax_cnns.errors import UserError
 from flax_cnns.files import write_text
+from flax_cnns.runs.build import initialize_jax
 from flax_cnns.runs.metric import Metric, make_metric
+from flax_cnns.studies.search.tuning.pruners import check_pruner
 from flax_cnns.studies.search.tuning.reading import read_study
 from flax_cnns.studies.search.tuning.records import StudyRecord
-from flax_cnns.studies.search.tuning.tuner import tune
+from flax_cnns.studies.search.tuning.samplers import check_sampler
+from flax_cnns.studies.search.tuning.storage import read_trials
+from flax_cnns.studies.search.tuning.tuner import is_one_of_several, is_writer, tune
 from flax_cnns.train.progress import format_duration
 
 POINTS = 200  # of a curve
@@ -61,47 +65,70 @@ def compare_methods(
     """Runs the searches that are not complete, then writes the comparison.
 
     Takes the methods in turn, so that an interrupted comparison has seeds of each. `options` are
-    those of `tune`. Raises UserError if two methods have one name.
+    those of `tune`. If this process is one of several, process 0 alone prints and writes. Raises
+    UserError if two methods have one name, or for an unknown sampler or pruner.
     """
     folder = pathlib.Path(folder)
     if len({method.name for method in methods}) < len(methods):
         raise UserError("--compare: two searches have the same name; name each once")
-    total, seconds = len(methods) * seeds, 0.0
-    print(f"{total} searches of {budget_steps:,} training steps: {total * budget_steps:,} in all")
+    for method in methods:
+        check_sampler(method.sampler)
+        check_pruner(method.pruner)
+    if is_one_of_several(os.environ):
+        initialize_jax(config)
+    say = print if is_writer() else lambda _: None
+    total, seconds, steps = len(methods) * seeds, 0.0, 0
+    say(f"{total} searches of {budget_steps:,} training steps: {total * budget_steps:,} in all")
     for seed in range(seeds):
         for place, method in enumerate(methods, 1):
-            start_time = time.monotonic()
+            study = folder / method.name / f"seed{seed}"
+            start_time, done = time.monotonic(), _count_steps(study)
             seeded = ConfigDict(config.to_dict())
             seeded.seed += seed
             tune(
                 seeded,
                 space,
-                folder / method.name / f"seed{seed}",
+                study,
                 sampler=method.sampler,
                 pruner=method.pruner,
                 budget_steps=budget_steps,
                 seed=seed,
                 **options,
             )
-            seconds += time.monotonic() - start_time
-            number = seed * len(methods) + place
-            eta = format_duration(seconds / number * (total - number))
-            print(f"{number}/{total} {method.name}, seed {seed}: done; about {eta} left")
-    results = read_comparison(folder, methods, seeds)
-    write_comparison(results, folder, budget_steps)
+            number, eta = seed * len(methods) + place, ""
+            if taken := _count_steps(study) - done:  # a search that was complete says no pace
+                steps, seconds = steps + taken, seconds + time.monotonic() - start_time
+            if steps and number < total:
+                left = (total - number) * budget_steps * seconds / steps
+                eta = f"; about {format_duration(left)} left"
+            say(f"{number}/{total} {method.name}, seed {seed}: done{eta}")
+    results = read_comparison(folder, methods, seeds, budget_steps)
+    if is_writer():
+        write_comparison(results, folder, budget_steps)
     return results
 
 
+def _count_steps(folder: pathlib.Path) -> int:
+    """Counts the training steps of a study's trials that have ended."""
+    return sum(trial.steps for trial in read_trials(folder))
+
+
 def read_comparison(
-    folder: pathlib.Path, methods: Sequence[SearchMethod], seeds: int
+    folder: pathlib.Path, methods: Sequence[SearchMethod], seeds: int, budget_steps: int
 ) -> list[MethodResult]:
-    """Reads the searches of a comparison. Raises UserError if one is missing."""
-    return [
-        MethodResult(
-            method, tuple(read_study(folder / method.name / f"seed{s}") for s in range(seeds))
-        )
-        for method in methods
-    ]
+    """Reads the searches of a comparison, without the trials that an earlier command with a larger
+    budget began behind this one. Raises UserError if a search is missing."""
+    results = []
+    for method in methods:
+        studies = []
+        for seed in range(seeds):
+            study, spent, trials = read_study(folder / method.name / f"seed{seed}"), 0, []
+            for trial in study.trials:
+                trials += [trial] if spent < budget_steps else []
+                spent += trial.steps
+            studies.append(study._replace(trials=trials))
+        results.append(MethodResult(method, tuple(studies)))
+    return results
 
 
 # ---------------------------------------------------------------------------- curves

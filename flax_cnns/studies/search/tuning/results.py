@@ -15,12 +15,17 @@ def make_result(study: Study, records: Sequence[TrialRecord]) -> TuningResult:
     if best is None:
         failed = [record for record in records if record.state == "failed"]
         diverged = sum(record.error.startswith("diverged") for record in failed)
-        reason = f"; the first, trial {failed[0].number}: {failed[0].error}" if failed else ""
+        if not failed:
+            raise UserError(
+                f"{study.folder}: no trial of {len(records)} is complete: all were pruned; give"
+                " more --trials, or another --pruner in another --workdir"
+            )
         fix = "correct this"
         if diverged:
             fix = "lower the ends of the space's ranges, or set optimizer.clip_norm"
         raise UserError(
             f"{study.folder}: no trial of {len(records)} is complete: {len(failed)} failed,"
-            f" {diverged} of them diverged{reason}; {fix}, in another --workdir"
+            f" {diverged} of them diverged; the first, trial {failed[0].number}:"
+            f" {failed[0].error}; {fix}, in another --workdir"
         )
     return TuningResult(list(records), best)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -75,6 +76,7 @@ def tune_together(
             if given["number"] is None:
                 return make_result(study, records)
             job = make_run(study, records[given["number"]])
+            start_time = time.monotonic()
             error = _run_trial(study, job, given, accept_changed_data)
             with _share_errors():
                 if journal is not None and board is not None:
@@ -83,7 +85,7 @@ def tune_together(
                     journal.finish(ended)
                     records = journal.read()
                     eta = board.update(records, ())
-                    board.report_end(ended, 0.0, records, eta)
+                    board.report_end(ended, time.monotonic() - start_time, records, eta)
             jax.clear_caches()  # programs that are not used again
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from flax_cnns import recipes
 from flax_cnns.checkpoint.lock import DirectoryLock
-from flax_cnns.config.spaces import Distribution
+from flax_cnns.config.spaces import Distribution, format_values
 from flax_cnns.errors import EXIT_PREEMPTED, UserError
 from flax_cnns.names import make_console
 from flax_cnns.runs import child
@@ -30,7 +30,7 @@ from flax_cnns.studies.ablation import forecast
 from flax_cnns.studies.ablation.plan import SweepRow
 from flax_cnns.studies.scheduler import RunningJob, Scheduler, StopSignals
 from flax_cnns.studies.search.tuning import samplers, storage
-from flax_cnns.studies.search.tuning.board import TuningBoard, describe_values
+from flax_cnns.studies.search.tuning.board import TuningBoard
 from flax_cnns.studies.search.tuning.records import TrialRecord, TuningResult
 from flax_cnns.studies.search.tuning.results import make_result
 from flax_cnns.studies.search.tuning.storage import Journal
@@ -127,6 +127,18 @@ def is_one_of_several(environment: Mapping[str, str]) -> bool:
     return launch.find_cluster(environment) in ("SLURM", "Open MPI", "Kubernetes")
 
 
+def is_writer() -> bool:
+    """Whether this process writes the files of a search: alone, or as process 0 of several.
+
+    If it is one of several, `tune` or `launch.initialize` must have connected them.
+    """
+    if not is_one_of_several(os.environ):
+        return True
+    import jax  # late: to ask it opens the devices
+
+    return jax.process_index() == 0
+
+
 def load_space(file: str | os.PathLike) -> dict[str, Distribution]:
     """Returns what `space()` in a config file gives. Raises UserError if the file has none."""
     space = getattr(recipes.load(file), "space", None)
@@ -175,9 +187,10 @@ def show_plan(
     per_image, rest = forecast.time_steps(row, slots[0])
     per_step = per_image * study.config.data.batch_size
     steps = study.facts["steps"]
-    left = (allotment.trials or math.inf) - len(ended)
+    left = math.inf if allotment.trials is None else max(allotment.trials - len(ended), 0)
     if budget_steps is not None:
-        left = min(left, math.ceil(budget_steps / steps))
+        spent = sum(trial.steps for trial in ended)
+        left = min(left, math.ceil(max(budget_steps - spent, 0) / steps))
     seconds = left * (rest + steps * per_step) / len(slots)
     board.print(
         f"a trial: {format_duration(rest + steps * per_step)} (estimated from"
@@ -189,7 +202,7 @@ def show_plan(
 def print_result(result: TuningResult) -> None:
     """Prints the best trial."""
     best = result.best
-    print(f"best: trial {best.number}, {best.value:.6g}: {describe_values(best.fields)}")
+    print(f"best: trial {best.number}, {best.value:.6g}: {format_values(best.values)}")
 
 
 class TrialScheduler(Scheduler[TrialRun]):

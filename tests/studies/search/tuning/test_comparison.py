@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 from types import SimpleNamespace
 
@@ -111,6 +112,50 @@ def test_a_comparison_runs_each_method_with_each_seed_and_writes_its_curves(tmp_
     assert f"p {p:.3f}." in text
     assert "| full | random | none | 3 | 4, 4, 4 | 4, 4, 4 |" in text
     assert (tmp_path / "comparison.png").stat().st_size < 200_000
+
+
+def test_the_time_that_is_left_is_that_of_searches_that_ran(tmp_path, calls, monkeypatch, capsys):
+    """Searches that an earlier command completed say no pace. Each search here takes 100 s."""
+    monkeypatch.setattr(comparison, "time", SimpleNamespace(monotonic=lambda: 100.0 * len(calls)))
+    monkeypatch.setattr(comparison, "draw_budget_curves", lambda *_, **__: None)
+    options = dict(budget_steps=4 * STEPS, trials=None)
+    compare = functools.partial(
+        comparison.compare_methods, common.get_config(), SPACE, tmp_path, METHODS[:1], **options
+    )
+    compare(seeds=2)
+    assert "1/2 full, seed 0: done; about 0:01:40 left\n2/2 full, seed 1: done\n" in (
+        capsys.readouterr().out
+    )
+    compare(seeds=4)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "1/4 full, seed 0: done",
+        "2/4 full, seed 1: done",
+        "3/4 full, seed 2: done; about 0:01:40 left",
+        "4/4 full, seed 3: done",
+    ]
+
+
+def test_trials_of_an_earlier_and_larger_budget_do_not_count(tmp_path):
+    write_study(tmp_path / "full" / "seed0", common.get_config(), SPACE, trials=5)
+    for budget, trials in ((1, 1), (2 * STEPS, 2), (2 * STEPS + 1, 3), (99 * STEPS, 5)):
+        (result,) = comparison.read_comparison(tmp_path, METHODS[:1], 1, budget)
+        assert len(result.studies[0].trials) == trials
+
+
+def test_only_process_0_of_several_prints_and_writes(tmp_path, calls, monkeypatch, capsys):
+    monkeypatch.setattr(comparison, "is_writer", lambda: False)
+    options = dict(budget_steps=4 * STEPS, seeds=1, trials=None)
+    comparison.compare_methods(common.get_config(), SPACE, tmp_path, METHODS[:1], **options)
+    assert len(calls) == 1
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_pruner_that_does_not_exist_is_refused_before_the_first_search(tmp_path, calls):
+    methods = [METHODS[0], SearchMethod("halvin", "random", "halvin")]
+    with pytest.raises(UserError, match="--pruner: unknown 'halvin'; did you mean 'halving'"):
+        comparison.compare_methods(common.get_config(), SPACE, tmp_path, methods, budget_steps=1)
+    assert calls == []
 
 
 def test_two_searches_of_one_name_are_refused(tmp_path):

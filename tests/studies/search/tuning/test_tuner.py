@@ -20,6 +20,7 @@ from flax_cnns.runs import child
 from flax_cnns.runtime.preemption import Preempted
 from flax_cnns.studies.search.tuning import read_study, tuner
 from flax_cnns.studies.search.tuning.pruners import Decision, Pruner
+from flax_cnns.studies.search.tuning.results import make_result
 from flax_cnns.studies.search.tuning.storage import Journal
 from tests.studies.search.tuning import fake_runs
 from tests.studies.search.tuning.fake_runs import SPACE, STEPS, make_study
@@ -179,7 +180,7 @@ def test_the_storage_is_a_study_of_optuna_with_readable_names(search):
     assert ours.space["schedule.learning_rate"]["high"] == 1.0
 
 
-def test_diverged_trials_are_recorded_and_the_search_goes_on(search, capsys):
+def test_diverged_trials_are_recorded_and_the_search_goes_on(search, tmp_path, capsys):
     result = search(trials=8, sampler="random", diverges=0.01)
     failed = [record for record in result.trials if record.state == "failed"]
     assert 0 < len(failed) < 8
@@ -188,11 +189,16 @@ def test_diverged_trials_are_recorded_and_the_search_goes_on(search, capsys):
         assert record.error == "diverged: step 9: not finite"
         assert record.value is None
         assert record.steps == 8
-    assert re.search(r"failed, [\d:]+; schedule.learning_rate=", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(r"failed, [\d:]+; schedule.learning_rate=0\.\d+, ", printed)
+    assert not re.search(r"\d{7}", printed)  # values have four digits
     with pytest.raises(UserError, match=r"no trial of 3 is complete: 3 failed, 3 of them diverged"):
         search("all", trials=3, diverges=0.0)
     with pytest.raises(UserError, match=r"the first, trial 0: diverged: step 9"):
         search("all", trials=3, diverges=0.0)
+    pruned = [record._replace(state="pruned") for record in result.trials]
+    with pytest.raises(UserError, match=r"no trial of 8 is complete: all were pruned"):
+        make_result(make_study(tmp_path), pruned)
 
 
 def test_a_budget_ends_the_search(search):
