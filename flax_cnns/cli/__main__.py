@@ -12,7 +12,7 @@ from flax_cnns.errors import EXIT_USER_ERROR, did_you_mean
 # Each command is a module in this folder with a function of the same name.
 COMMANDS = (
     *("train", "evaluate", "predict", "inspect", "compare"),
-    *("tabulate", "convert", "finetune", "ablate", "search", "visualize", "fits"),
+    *("tabulate", "convert", "finetune", "ablate", "search", "visualize", "fits", "audit"),
 )
 _HELP = ("help", "--help", "-help", "-h")
 

@@ -122,7 +122,8 @@ dnn_version_info { major: 9 minor: 7 }
 runtime_version { major: 12 minor: 8 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-_GPUS = {"h100": _H100}
+# Name -> (description of a device, devices of one host). The names of several are ours.
+_GPUS = {"h100": (_H100, 1), "h100-8": (_H100, 8)}
 
 
 def list_targets() -> list[str]:
@@ -146,12 +147,13 @@ def find_target(name: str) -> CompileTarget:
             chip_config=chip.chip_config,
         )
     if name in _GPUS:
-        numbers = dict(re.findall(r"(\w+): (\d+)\n", _GPUS[name]))
+        description, devices = _GPUS[name]
+        numbers = dict(re.findall(r"(\w+): (\d+)\n", description))
         return CompileTarget(
             name=name,
             platform="gpu",
-            layout="1x1x1",
-            devices=1,
+            layout=f"1x1x{devices}",  # slices, hosts of a slice, devices of a host
+            devices=devices,
             memory=int(int(numbers["device_memory_size"]) * read_gpu_fraction()),
             bandwidth=float(numbers["memory_bandwidth"]),
             compiler_options=_GPU_OPTIONS,
@@ -246,7 +248,7 @@ def make_devices(target: CompileTarget) -> list[Any]:
             "chip_config_name": target.chip_config,
         }
     else:
-        options = {"topology": target.layout, "target_config": _GPUS[target.name]}
+        options = {"topology": target.layout, "target_config": _GPUS[target.name][0]}
     platform = {"gpu": "cuda"}.get(target.platform, target.platform)
     try:
         devices = list(topologies.get_topology_desc(platform=platform, **options).devices)

@@ -61,11 +61,12 @@ def test_the_page_of_every_command_has_its_examples_and_all_its_flags():
             "visualize": 0,
             "search": 0,
             "fits": 0,
+            "audit": 0,
         }.get(name, 1)
         assert len(re.findall(r"\sRequired\.\n", out)) == required
         assert f"\nflax-cnns {name} " in out
         assert ("--config.SECTION.FIELD=VALUE" in out) == (
-            name in ("train", "ablate", "search", "visualize", "fits")
+            name in ("train", "ablate", "search", "visualize", "fits", "audit")
         )
         assert ("--config.pretrain.SECTION.FIELD=VALUE" in out) == (name == "finetune")
 

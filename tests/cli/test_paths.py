@@ -38,6 +38,7 @@ GIVEN = [
     ["search", "scaling", f"--workdir={BUCKET}"],
     ["visualize", "features", f"--workdir={BUCKET}", "a.png"],
     ["fits", "--config=digits_lenet5", "--topology=v5e-8", f"--cache={BUCKET}"],
+    ["audit", f"--table={BUCKET}", "--topology=v5e-8"],
 ]
 
 # Starts the commands as `flax-cnns` does, each in a fork, because importing takes longest.

@@ -15,7 +15,7 @@ from flax_cnns.runtime import topologies
 
 def test_every_target_has_facts():
     names = topologies.list_targets()
-    assert {"v5e-8", "v5p-8", "v6e-8", "h100", "v4-8", "tpu7x-8", "v5e-256"} <= set(names)
+    assert {"v5e-8", "v5p-8", "v6e-8", "h100", "h100-8", "v4-8", "tpu7x-8", "v5e-256"} <= set(names)
     for name in names:
         target = topologies.find_target(name)
         assert target.name == name
