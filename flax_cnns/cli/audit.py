@@ -14,8 +14,8 @@ program is checked too.
 With --table, one network of each family is audited in bfloat16, on small images. The rows that the
 CSV file has already are kept, so that a repeated command continues.
 
-Exit code 2 if a check fails; each failure names the operation and its module. The compilers are
-those of flax-cnns fits: pip install "flax_cnns[tpu-aot]" or "flax_cnns[gpu-aot]".
+Exit code 2 if a check fails; each failure names the operation and its module. Only --compile needs
+a compiler: those of flax-cnns fits, pip install "flax_cnns[tpu-aot]" or "flax_cnns[gpu-aot]".
 docs/accelerators.md explains the checks.
 """
 
@@ -53,7 +53,8 @@ def audit(argv: list[str]) -> None:
     for name in ("classes",) if _TABLE.value else ("families",):
         if flags.FLAGS[name].present:
             raise UserError(f"--{name} does not go with --{'table' if _TABLE.value else 'config'}")
-    topologies.check_compiler(target)
+    if _COMPILE.value:
+        topologies.check_compiler(target)
     from flax_cnns.runs import audit as auditing
     from flax_cnns.runs import audit_table
 
@@ -64,7 +65,7 @@ def audit(argv: list[str]) -> None:
         print(audit_table.format_table(rows))
         audit_table.raise_if_failed(rows)
         return
-    devices = topologies.make_devices(target)
+    devices = auditing.make_audit_devices(target, compile=_COMPILE.value)
     config = _CONFIG.value
     result = auditing.audit_config(
         config, target, devices, compile=_COMPILE.value, num_classes=_CLASSES.value

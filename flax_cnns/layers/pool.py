@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
@@ -13,6 +14,8 @@ from jax import lax
 
 from flax_cnns.layers.conv import is_sharded
 from flax_cnns.types import Array
+
+MAX_CHOSEN_WINDOW = 3  # of `choose_taps`, which reads each pixel of a window
 
 
 def _out_size(n: int, window: int, stride: int, padding: int, ceil: bool) -> int:
@@ -68,15 +71,64 @@ def max_pool(
     if not plain or not jnp.issubdtype(x.dtype, jnp.floating):
         return library(x)
 
-    def compare_taps(x: Array) -> Array:
-        # On a CPU, the gradient of XLA's own max pooling takes several times as long.
-        before = [start for start, _ in args["padding"]]
-        largest, *taps = _taps(x, window, stride, before, size)
-        for tap in taps:
-            largest = jnp.where((tap > largest) | jnp.isnan(tap), tap, largest)
-        return largest
+    before = [start for start, _ in args["padding"]]
+    ours: dict[str, Callable[[Array], Array]] = {
+        "cpu": partial(compare_taps, window=window, stride=stride, before=before, size=size)
+    }
+    if window <= MAX_CHOSEN_WINDOW:
+        choose = partial(choose_taps, window=window, stride=stride, before=before, size=size)
+        ours |= {"cuda": choose, "rocm": choose}
+    return lax.platform_dependent(x, **ours, default=library)
 
-    return lax.platform_dependent(x, cpu=compare_taps, default=library)
+
+def compare_taps(
+    x: Array, window: int, stride: int, before: Sequence[int], size: tuple[int, int]
+) -> Array:
+    """Max pooling for a CPU, where the gradient of XLA's own takes several times as long.
+
+    `before` is the padding at the top and on the left, `size` is (H', W').
+    """
+    largest, *taps = _taps(x, window, stride, before, size)
+    for tap in taps:
+        largest = jnp.where((tap > largest) | jnp.isnan(tap), tap, largest)
+    return largest
+
+
+def choose_taps(
+    x: Array, window: int, stride: int, before: Sequence[int], size: tuple[int, int]
+) -> Array:
+    """Max pooling for a GPU; the arguments are those of `compare_taps`.
+
+    The gradient of XLA's own writes four index arrays in int32 and a padded image, and scatters.
+    Here, one int8 per window says which pixel is the largest, and the gradient is one kernel. For
+    the pooling of ResNet-50, a third of the bytes move (experiments/results/accelerators.md).
+    """
+    pads = [
+        (p, max((m - 1) * stride + window - n - p, 0), 0)
+        for p, m, n in zip(before, size, x.shape[1:3])
+    ]
+    padded = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), ((0, 0, 0), *pads, (0, 0, 0)))
+    reach = [(m - 1) * stride + 1 for m in size]
+    taps = [
+        lax.slice(
+            padded,
+            (0, i, j, 0),
+            (x.shape[0], i + reach[0], j + reach[1], x.shape[-1]),
+            (1, stride, stride, 1),
+        )
+        for i in range(window)
+        for j in range(window)
+    ]
+    largest = lax.stop_gradient(taps[0])
+    chosen = jnp.zeros(largest.shape, jnp.int8)
+    for index, tap in enumerate(map(lax.stop_gradient, taps[1:]), 1):
+        is_larger = (tap > largest) | jnp.isnan(tap)
+        largest = jnp.where(is_larger, tap, largest)
+        chosen = jnp.where(is_larger, jnp.int8(index), chosen)
+    out = taps[0]
+    for index, tap in enumerate(taps[1:], 1):
+        out = jnp.where(chosen == index, tap, out)
+    return out
 
 
 def _taps(

@@ -15,7 +15,7 @@ from flax_cnns.analysis import audit
 from flax_cnns.analysis.audit import Finding
 from flax_cnns.analysis.hlo import read_traffic
 from flax_cnns.runs.fit_step import TargetStep, format_bytes
-from flax_cnns.runtime.topologies import CompileTarget
+from flax_cnns.runtime.topologies import CompileTarget, make_devices, make_stand_ins
 
 
 class StepAudit(NamedTuple):
@@ -33,6 +33,14 @@ class StepAudit(NamedTuple):
             return "no"
         of_compiled = check.startswith("compiled_") or check == "aliased"
         return "" if of_compiled and not self.compiled else "yes"
+
+
+def make_audit_devices(target: CompileTarget, *, compile: bool) -> list[Any]:
+    """Returns the target's devices, or CPU devices in their place if nothing is compiled.
+
+    Call it before JAX's first operation. Raises UserError as `make_devices` does.
+    """
+    return make_devices(target) if compile else make_stand_ins(target)
 
 
 def audit_config(

@@ -16,9 +16,9 @@ from flax_cnns import files
 from flax_cnns.analysis import audit
 from flax_cnns.analysis.audit import Finding
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.runs.audit import StepAudit, audit_config
+from flax_cnns.runs.audit import StepAudit, audit_config, make_audit_devices
 from flax_cnns.runtime.preflight import find_versions
-from flax_cnns.runtime.topologies import CompileTarget, check_compiler, make_devices
+from flax_cnns.runtime.topologies import CompileTarget, check_compiler
 
 
 class AuditedNetwork(NamedTuple):
@@ -137,13 +137,10 @@ def write_table(
             raise UserError(f"--families: unknown {family!r}{did_you_mean(family, NETWORKS)}")
     read_table(path)  # refuses another file before anything is lowered
     files.check_writable(path)
-    compiler = check_compiler(target) if devices is None else f"jaxlib {target.platform}"
-    devices = make_devices(target) if devices is None else devices
-    about = {
-        "jax": jax.__version__,
-        "compiler": compiler,
-        "code": find_versions()["flax_cnns (code)"],
-    }
+    about = {"jax": jax.__version__, "code": find_versions()["flax_cnns (code)"], "compiler": ""}
+    if compile:
+        about["compiler"] = check_compiler(target) if devices is None else "made up"
+    devices = make_audit_devices(target, compile=compile) if devices is None else devices
     made = []
     for number, family in enumerate(families, 1):
         network = NETWORKS[family]
@@ -164,9 +161,8 @@ def write_table(
 
 def is_current(row: Mapping[str, str], about: Mapping[str, str], compile: bool) -> bool:
     """Whether a row of the table need not be made again."""
-    return all(row[name] == value for name, value in about.items()) and (
-        bool(row["aliased"]) or not compile
-    )
+    names = ("jax", "code", *(["compiler"] if compile else []))
+    return all(row[name] == about[name] for name in names)
 
 
 def read_table(path: str) -> dict[tuple[str, str], dict[str, str]]:

@@ -262,3 +262,15 @@ def make_devices(target: CompileTarget) -> list[Any]:
         raise
     assert len(devices) == target.devices, (target, devices)
     return devices
+
+
+def make_stand_ins(target: CompileTarget) -> list[Any]:
+    """Returns as many CPU devices as the target has, to lower a program that is not compiled.
+
+    Needs no compiler's package. Call it before JAX's first operation.
+    """
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", target.devices)
+    return jax.devices()[: target.devices]

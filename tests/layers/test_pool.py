@@ -1,4 +1,4 @@
-"""Pooling: windows, padding, ties, precision and derivatives; accelerators run nn.max_pool."""
+"""Pooling: windows, padding, ties, precision and derivatives; TPUs run nn.max_pool."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_cnns.layers import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool
+from flax_cnns.layers import adaptive_avg_pool, avg_pool, global_avg_pool, max_pool, pool
 
 # Nearly all of the time of these tests is compile time.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -134,21 +134,45 @@ def test_max_pool_under_vmap_and_second_derivatives():
     )
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_accelerators_run_flax_and_nothing_else(platform):
-    def lowered(pool):
-        run = with_gradient(pool, window=3, stride=2, padding=1)
-        return run.trace(images(2, 8, 8, 3)).lower(lowering_platforms=(platform,)).as_text()
+def on_gpu(x, window, stride, padding):
+    """Max pooling as a GPU computes it, here on a CPU."""
+    size, args = pool._geometry(x, window, stride, padding, False)
+    return pool.choose_taps(x, window, stride, [before for before, _ in args["padding"]], size)
 
-    def operations(text):
-        # Zeros replace the residuals of the CPU's gradient; XLA removes them.
-        free = {"stablehlo.constant", "stablehlo.broadcast_in_dim", "stablehlo.case"}
-        names = re.findall(r" = \"?(stablehlo\.\w+)", text)
-        return sorted(name for name in names if name not in free)
 
-    ours = operations(lowered(max_pool))
-    assert ours == operations(lowered(library))
+@pytest.mark.parametrize(
+    ("window", "stride", "padding"),
+    [(2, 2, 0), (3, 1, 1), (3, 2, "SAME")],
+)
+def test_max_pool_on_a_gpu_is_flaxs_also_with_ties(window, stride, padding):
+    x = images(2, 7, 6, 3)
+    fields = {"window": window, "stride": stride, "padding": padding}
+    equal(with_gradient(on_gpu, **fields)(x), with_gradient(library, **fields)(x))
+    x[0, 2, 2] = np.nan
+    equal(on_gpu(x, **fields), library(x, **fields))
+
+
+def lower_for(platform, pool, window):
+    """Returns the operations of a pooling and its gradient."""
+    run = with_gradient(pool, window=window, stride=2, padding=1)
+    text = run.trace(images(2, 8, 8, 3)).lower(lowering_platforms=(platform,)).as_text()
+    # Zeros replace the residuals of the other platforms' gradients; XLA removes them.
+    free = {"stablehlo.constant", "stablehlo.broadcast_in_dim", "stablehlo.case"}
+    names = re.findall(r" = \"?(stablehlo\.\w+)", text)
+    return sorted(name for name in names if name not in free)
+
+
+@pytest.mark.parametrize(("platform", "window"), [("tpu", 3), ("cuda", 4)])
+def test_a_tpu_and_large_windows_run_flax_and_nothing_else(platform, window):
+    ours = lower_for(platform, max_pool, window)
+    assert ours == lower_for(platform, library, window)
     assert {"stablehlo.reduce_window", "stablehlo.select_and_scatter"} <= set(ours)
+
+
+def test_a_gpu_scatters_nothing():
+    ours = lower_for("cuda", max_pool, 3)
+    assert not {"stablehlo.reduce_window", "stablehlo.select_and_scatter"} & set(ours)
+    assert ours.count("stablehlo.slice") >= 9
 
 
 def test_avg_pool_drops_pixels_that_fill_no_window():
