@@ -12,6 +12,7 @@ python -m experiments.benchmark explain --model=resnet18
 python -m experiments.benchmark corruptions --model=cifar_resnet20
 python -m experiments.benchmark crops --model=cifar_resnet20
 python -m experiments.benchmark learn --models=lenet5
+python -m experiments.benchmark compiled --topology=h100 --device=cpu
 
 Candidates run in turn, A B A B. A time is the median over the rounds. A ratio is the median of the
 rounds' ratios, shown with the smallest and the largest. Every command prints a table and writes two
@@ -39,6 +40,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 
 from experiments.benchmarks import (
+    compiled,
     convolutions,
     corruptions,
     crops,
@@ -127,6 +129,13 @@ COMMANDS = {
     ),
     "crops": Command(
         "Evaluation on crops", crops.COLUMNS, crops.add_crop_flags, crops.measure_crops, 0.0
+    ),
+    "compiled": Command(
+        "Compiled training step of ResNet-50 against plain Flax",
+        compiled.COLUMNS,
+        compiled.add_compiled_flags,
+        compiled.compare_compiled,
+        None,
     ),
     "learn": Command(
         "Learning of the digits",
