@@ -15,6 +15,7 @@ import pytest
 
 from experiments import benchmark
 from experiments.benchmarks import (
+    compiled,
     convolutions,
     corruptions,
     crops,
@@ -27,6 +28,7 @@ from experiments.benchmarks.shapes import SHAPES
 from flax_cnns.analysis import device
 from flax_cnns.models.cifar_resnet import CifarResNet
 from flax_cnns.models.registry import FAMILIES, list_models
+from flax_cnns.runtime.topologies import CompileTarget
 
 ROOT = Path(__file__).resolve().parent.parent
 has_torch = importlib.util.find_spec("torchvision") is not None
@@ -209,6 +211,28 @@ def test_drop_path(run, monkeypatch):
     assert [row["computed"] for row in rows] == pytest.approx([1, 1 - (0.2 + 0.4 + 0.6) / 3, 1])
     assert rows[0]["ratio"]["median"] == 1
     assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_compiled(run, monkeypatch):
+    """Two small programs in place of the training steps, compiled for a CPU."""
+    target = CompileTarget("cpu-1", "cpu", "1", 1, 2**30, 1e10)
+    monkeypatch.setattr(compiled.topologies, "find_target", lambda name: target)
+    monkeypatch.setattr(compiled.topologies, "make_devices", lambda target: jax.devices()[:1])
+
+    def trace(doublings):
+        x = jax.ShapeDtypeStruct((64, 64), np.float32)
+        return jax.jit(lambda x: jax.numpy.sin(x.T @ x) @ x * doublings).trace(x)
+
+    monkeypatch.setattr(compiled, "trace_plain", lambda devices, batch, size: trace(1.0))
+    monkeypatch.setattr(compiled, "trace_ours", lambda devices, batch, size: trace(2.0))
+    code, out, _, found = run("compiled", "--batch=4", quick=False)
+    assert code == 0
+    plain, ours = found["rows"]
+    assert (plain["step"], ours["step"]) == ("plain Flax", "flax_cnns")
+    assert plain["temporaries_ratio"] == plain["moved_ratio"] == 1
+    assert ours["moved_ratio"] == ours["moved"] / plain["moved"]
+    assert plain["moved"] >= 3 * 4 * 64 * 64
+    assert "plain Flax: compiling for cpu-1" in out
 
 
 @pytest.mark.slow

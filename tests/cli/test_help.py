@@ -117,7 +117,7 @@ def test_what_asks_for_help(argv, first):
     ("argv", "said"),
     [
         (["trian"], "error: unknown command 'trian'; did you mean 'train'?\n"),
-        ([], "error: expected a command, got none; known: ablate, compare, convert, evaluate,"),
+        ([], "error: expected a command, got none; known: ablate, audit, compare, convert,"),
     ],
 )
 def test_another_first_word_is_one_line(argv, said, monkeypatch, capsys):
