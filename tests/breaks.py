@@ -52,7 +52,7 @@ BREAKS = [
     ),
     Break(
         f"{P}runs/audit.py",
-        "allowed = norms if is_synchronized else 0",
+        "allowed = traces.norms if is_synchronized else 0",
         "allowed = 0",
         "tests/runs/test_audit.py",
         "The audit refuses the all-reduces of synchronized BatchNorm.",

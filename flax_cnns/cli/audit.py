@@ -2,7 +2,7 @@
 
 flax-cnns audit --config=imagenet_resnet50:modern --topology=h100-8
 flax-cnns audit --config=mine.py --topology=v5e-8 --classes=37 --compile
-flax-cnns audit --table=audit.csv --topology=v5e-8
+flax-cnns audit --table=audit.csv --topology=v5e-8,h100-8
 flax-cnns audit --table=audit.csv --topology=h100-8 --families=resnet,vit --compile
 
 Lowers the real training step of the config for an accelerator that this machine does not have, with
@@ -26,8 +26,8 @@ from absl import flags
 from flax_cnns.cli.flags import define_config
 from flax_cnns.errors import UserError
 
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "What to compile for, as clouds name it: v5e-8, v5p-8, h100, h100-8, ..."
+_TOPOLOGY = flags.DEFINE_list(
+    "topology", [], "What to lower for, as clouds name it: v5e-8, v5p-8, h100, h100-8, ..."
 )
 _COMPILE = flags.DEFINE_bool("compile", False, "Check the compiled program too; takes minutes.")
 _CLASSES = flags.DEFINE_integer(
@@ -46,32 +46,31 @@ def audit(argv: list[str]) -> None:
 
     if not _TOPOLOGY.value:
         names = ", ".join(topologies.list_targets())
-        raise UserError(f"expected --topology=NAME, one of {names}")
-    target = topologies.find_target(_TOPOLOGY.value)
+        raise UserError(f"expected --topology=NAME, one or several of {names}")
+    targets = [topologies.find_target(name) for name in _TOPOLOGY.value]
     if bool(_TABLE.value) == (_CONFIG.value is not None):
         raise UserError("expected --config=RECIPE or --table=FILE.csv, one of them")
     for name in ("classes",) if _TABLE.value else ("families",):
         if flags.FLAGS[name].present:
             raise UserError(f"--{name} does not go with --{'table' if _TABLE.value else 'config'}")
     if _COMPILE.value:
-        topologies.check_compiler(target)
+        topologies.check_compiler(targets[0])
     from flax_cnns.runs import audit as auditing
     from flax_cnns.runs import audit_table
 
     if _TABLE.value:
         rows = audit_table.write_table(
-            _TABLE.value, target, _FAMILIES.value, compile=_COMPILE.value
+            _TABLE.value, targets, _FAMILIES.value, compile=_COMPILE.value
         )
         print(audit_table.format_table(rows))
         audit_table.raise_if_failed(rows)
         return
-    devices = auditing.make_audit_devices(target, compile=_COMPILE.value)
-    config = _CONFIG.value
-    result = auditing.audit_config(
-        config, target, devices, compile=_COMPILE.value, num_classes=_CLASSES.value
-    )
-    print(auditing.format_audit(result))
-    if result.findings:
-        raise UserError(
-            f"the training step of {config.model.name} for {target.name}: {result.findings[0]}"
-        )
+    config, failed = _CONFIG.value, []
+    devices = auditing.make_audit_devices(targets, compile=_COMPILE.value)
+    for target in targets:
+        traces = auditing.trace_config(config, devices[: target.devices], _CLASSES.value)
+        result = auditing.audit_traces(traces, target, compile=_COMPILE.value)
+        print(f"{config.model.name} for {target.name}\n{auditing.format_audit(result)}")
+        failed += [f"{target.name}: {finding}" for finding in result.findings]
+    if failed:
+        raise UserError(f"the training step of {config.model.name} for {failed[0]}")

@@ -1,7 +1,7 @@
 """Audits a training step: what its program for an accelerator must not contain.
 
-`audit_config` lowers the real training step of a config for a target, with the devices' own
-BatchNorms and with synchronized ones, and optionally compiles it.
+`trace_config` traces the real training step of a config, with each device's own BatchNorms and with
+synchronized ones. `audit_traces` lowers it for a target, optionally compiles it, and checks both.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import jax
 from flax_cnns.analysis import audit
 from flax_cnns.analysis.audit import Finding
 from flax_cnns.analysis.hlo import read_traffic
+from flax_cnns.errors import UserError
 from flax_cnns.runs.fit_step import TargetStep, format_bytes
 from flax_cnns.runtime.topologies import CompileTarget, make_devices, make_stand_ins
 
 
 class StepAudit(NamedTuple):
-    """The findings of a training step. `numbers` are per device."""
+    """The findings of a training step."""
 
     findings: tuple[Finding, ...]
     norms: int  # BatchNorms
     compiled: bool
     all_reduces: int | None  # of the compiled step; None: not compiled
-    temporaries: int | None  # bytes, of the compiled step
+    temporaries: int | None  # bytes per device, of the compiled step
 
     def judge(self, check: str) -> str:
         """Returns yes, no, or "" for a check that was not made."""
@@ -35,43 +36,60 @@ class StepAudit(NamedTuple):
         return "" if of_compiled and not self.compiled else "yes"
 
 
-def make_audit_devices(target: CompileTarget, *, compile: bool) -> list[Any]:
-    """Returns the target's devices, or CPU devices in their place if nothing is compiled.
+def make_audit_devices(targets: Sequence[CompileTarget], *, compile: bool) -> list[Any]:
+    """Returns the devices of one target, or CPU devices in the place of those of any target.
 
-    Call it before JAX's first operation. Raises UserError as `make_devices` does.
+    To be compiled, a program needs the real ones. Call it before JAX's first operation. Raises
+    UserError as `make_devices` does, and if a program is to be compiled for several targets.
     """
-    return make_devices(target) if compile else make_stand_ins(target)
+    if not compile:
+        return make_stand_ins(max(target.devices for target in targets))
+    if len(targets) > 1:
+        raise UserError(
+            "--compile: expected one --topology, since each compiler is installed alone"
+        )
+    return make_devices(targets[0])
 
 
-def audit_config(
-    config: Any,
-    target: CompileTarget,
-    devices: Sequence[Any],
-    *,
-    compile: bool = False,
-    num_classes: int = 0,
-) -> StepAudit:
-    """Audits the training step of a config at its batch size.
+class ConfigTraces(NamedTuple):
+    """The traced training step of a config, with synchronized BatchNorms and without."""
 
-    A network with BatchNorm is lowered twice, with `train.sync_batchnorm` on and off. The compiled
-    program is that of the config, or the one with synchronized BatchNorm if there are several
-    devices. Products may be in float32 if `model.dtype` is float32. Raises UserError as
-    `TargetStep` does.
+    config: Any
+    norms: int  # BatchNorms
+    steps: dict[bool, tuple[TargetStep, Any]]  # is synchronized -> the step, its trace
+
+
+def trace_config(config: Any, devices: Sequence[Any], num_classes: int = 0) -> ConfigTraces:
+    """Traces the step of a config at its batch size, for `devices`.
+
+    A network with BatchNorm is traced twice, with `train.sync_batchnorm` on and off, unless it is
+    an own one. Raises UserError as `TargetStep` does.
     """
     step = TargetStep(config, devices, num_classes)
     norms = count_norms(step.state.batch_stats)
-    variants = {bool(config.train.sync_batchnorm): step}
+    steps = {bool(config.train.sync_batchnorm): step}
     if norms and not step.components.own_parts.network:
         other = config.copy_and_resolve_references()
         other.train.sync_batchnorm = not config.train.sync_batchnorm
-        variants[other.train.sync_batchnorm] = TargetStep(other, devices, num_classes)
-    wide = None if config.model.dtype == "float32" else audit.FLOAT32_MODULES
+        steps[other.train.sync_batchnorm] = TargetStep(other, devices, num_classes)
+    traces = {key: (one, one.trace(one.batch_size)) for key, one in sorted(steps.items())}
+    return ConfigTraces(config, norms, traces)
+
+
+def audit_traces(
+    traces: ConfigTraces, target: CompileTarget, *, compile: bool = False
+) -> StepAudit:
+    """Audits a traced training step for a target, whose devices it was traced for if `compile`.
+
+    The compiled program is the one with synchronized BatchNorm if there are two. Products may be in
+    float32 if `model.dtype` is float32.
+    """
+    wide = None if traces.config.model.dtype == "float32" else audit.FLOAT32_MODULES
+    platform = {"gpu": "cuda"}.get(target.platform, target.platform)
     findings: dict[Finding, None] = {}  # without repetitions, in order
     counted = temporaries = None
-    for is_synchronized, variant in sorted(variants.items()):
-        allowed = norms if is_synchronized else 0
-        traced = variant.trace(variant.batch_size)
-        platform = {"gpu": "cuda"}.get(target.platform, target.platform)
+    for is_synchronized, (step, traced) in traces.steps.items():
+        allowed = traces.norms if is_synchronized else 0
         lowered = traced.lower(lowering_platforms=(platform,))
         found = audit.check_lowered(
             lowered.as_text(debug_info=True),
@@ -79,8 +97,8 @@ def audit_config(
             convolutions=audit.list_convolutions(traced.jaxpr),
             float32_modules=wide,
         )
-        found += check_one_trace(variant, traced)
-        if compile and is_synchronized == max(variants):
+        found += check_one_trace(step, traced)
+        if compile and is_synchronized == max(traces.steps):
             compiled = lowered.compile(compiler_options=dict(target.compiler_options))
             text = compiled.as_text()
             found += audit.check_compiled(text, norms=allowed, float32_modules=wide)
@@ -89,7 +107,7 @@ def audit_config(
             plan = compiled.memory_analysis()
             temporaries = plan.temp_size_in_bytes if plan else None
         findings |= dict.fromkeys(found)
-    return StepAudit(tuple(findings), norms, compile, counted, temporaries)
+    return StepAudit(tuple(findings), traces.norms, compile, counted, temporaries)
 
 
 def count_norms(batch_stats: Any) -> int:

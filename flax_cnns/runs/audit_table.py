@@ -1,4 +1,4 @@
-"""A table of audits: one network of each family, for one accelerator."""
+"""A table of audits: one network of each family, for one or several accelerators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from flax_cnns import files
 from flax_cnns.analysis import audit
 from flax_cnns.analysis.audit import Finding
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.runs.audit import StepAudit, audit_config, make_audit_devices
+from flax_cnns.runs.audit import (
+    ConfigTraces,
+    StepAudit,
+    audit_traces,
+    make_audit_devices,
+    trace_config,
+)
 from flax_cnns.runtime.preflight import find_versions
 from flax_cnns.runtime.topologies import CompileTarget, check_compiler
 
@@ -118,18 +124,19 @@ MAX_SHOWN = 3  # findings in a row of the table
 
 def write_table(
     path: str,
-    target: CompileTarget,
+    targets: Sequence[CompileTarget],
     families: Sequence[str],
     *,
     compile: bool = False,
     devices: Sequence[Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, str]]:
-    """Adds a row for each family's network on `target` to a CSV file, after each network.
+    """Adds a row for each family's network and target to a CSV file, after each network.
 
     Returns these rows. A row is made again if this package's code, jax or the compiler are others
-    now, or if it is to be compiled and was not. Other rows stay. `devices`: of the target; None
-    makes them. Raises UserError for an unknown family, and if the file is not such a table.
+    now, or if it is to be compiled and was not. Other rows stay. `devices`: see
+    `make_audit_devices`, which makes them if None. Raises UserError for an unknown family, and if
+    the file is not such a table.
     """
     families = families or list(NETWORKS)
     for family in families:
@@ -139,23 +146,26 @@ def write_table(
     files.check_writable(path)
     about = {"jax": jax.__version__, "code": find_versions()["flax_cnns (code)"], "compiler": ""}
     if compile:
-        about["compiler"] = check_compiler(target) if devices is None else "made up"
-    devices = make_audit_devices(target, compile=compile) if devices is None else devices
+        about["compiler"] = check_compiler(targets[0])
+    devices = make_audit_devices(targets, compile=compile) if devices is None else devices
     made = []
     for number, family in enumerate(families, 1):
         network = NETWORKS[family]
-        row = read_table(path).get((network.name, target.name))
-        if row is None or not is_current(row, about, compile):
-            say(f"{number} of {len(families)}: {network.name} for {target.name}")
-            began = time.perf_counter()
-            config = make_config(network, len(devices))
-            result = audit_config(config, target, devices, compile=compile)
-            seconds = time.perf_counter() - began
-            row = make_row(family, target, config, result) | about | {"seconds": f"{seconds:.0f}"}
-            rows = read_table(path)  # another command may have added rows
-            rows[network.name, target.name] = row
-            files.write_text(path, format_rows(rows.values()))
-        made.append(row)
+        traces: dict[int, ConfigTraces] = {}  # by number of devices
+        for target in targets:
+            row = read_table(path).get((network.name, target.name))
+            if row is None or not is_current(row, about, compile):
+                say(f"{number} of {len(families)}: {network.name} for {target.name}")
+                began, count = time.perf_counter(), target.devices
+                if count not in traces:
+                    traces[count] = trace_config(make_config(network, count), devices[:count])
+                result = audit_traces(traces[count], target, compile=compile)
+                seconds = {"seconds": f"{time.perf_counter() - began:.0f}"}
+                row = make_row(family, target, traces[count].config, result) | about | seconds
+                rows = read_table(path)  # another command may have added rows
+                rows[network.name, target.name] = row
+                files.write_text(path, format_rows(rows.values()))
+            made.append(row)
     return made
 
 

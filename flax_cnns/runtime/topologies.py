@@ -264,13 +264,13 @@ def make_devices(target: CompileTarget) -> list[Any]:
     return devices
 
 
-def make_stand_ins(target: CompileTarget) -> list[Any]:
-    """Returns as many CPU devices as the target has, to lower a program that is not compiled.
+def make_stand_ins(count: int) -> list[Any]:
+    """Returns CPU devices in the place of a target's, to lower programs that are not compiled.
 
     Needs no compiler's package. Call it before JAX's first operation.
     """
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", target.devices)
-    return jax.devices()[: target.devices]
+    jax.config.update("jax_num_cpu_devices", count)
+    return jax.devices()[:count]

@@ -23,7 +23,7 @@ TINY = audit_table.AuditedNetwork("cifar_resnet20", 8, {"depths": (1, 1, 1)})
 def test_the_real_step_for_a_tpu():
     """Synchronized and not: a stem, three blocks of two; a shortcut without norms."""
     config = audit_table.make_config(TINY, 2)
-    result = audit.audit_config(config, TARGET, jax.devices()[:2])
+    result = audit.audit_traces(audit.trace_config(config, jax.devices()[:2]), TARGET)
     assert result == StepAudit((), 7, False, None, None)
     assert [result.judge(check) for check in checks.CHECKS] == ["yes"] * 6 + [""] * 4
     assert "yes          products: no conv" in audit.format_audit(result)
@@ -47,24 +47,36 @@ def test_norms_of_stacked_blocks_count_one_by_one():
     assert audit.count_norms({}) == 0
 
 
+class AuditedNames(list):
+    """The networks that were audited; `traced` are those that were traced."""
+
+
 @pytest.fixture
 def audited(monkeypatch):
     """The networks that were audited, by a made-up audit in which lenet5 fails."""
-    names = []
+    names, traced = AuditedNames(), []
+    names.traced = traced
 
-    def pretend(config, target, devices, *, compile):
-        names.append(config.model.name)
+    def trace(config, devices):
+        traced.append(config.model.name)
+        return audit.ConfigTraces(config, 3, {})
+
+    def pretend(traces, target, *, compile):
+        name = traces.config.model.name
+        names.append(name)
         bad = (Finding("callbacks", "python_callback", "conv1"),) * 5
-        findings = bad if config.model.name == "lenet5" else ()
+        findings = bad if name == "lenet5" else ()
         return StepAudit(findings, 3, compile, 7 if compile else None, 2**20 if compile else None)
 
-    monkeypatch.setattr(audit_table, "audit_config", pretend)
+    monkeypatch.setattr(audit_table, "trace_config", trace)
+    monkeypatch.setattr(audit_table, "audit_traces", pretend)
+    monkeypatch.setattr(audit_table, "check_compiler", lambda target: "compiler 1")
     return names
 
 
-def write(path, *families, target=TARGET, **options):
+def write(path, *families, targets=(TARGET,), **options):
     return audit_table.write_table(
-        str(path), target, families, devices=[0, 1], say=lambda text: None, **options
+        str(path), targets, families, devices=[0, 1], say=lambda text: None, **options
     )
 
 
@@ -73,7 +85,7 @@ def test_the_table_goes_on_where_it_ended(tmp_path, audited, monkeypatch):
     write(path, "vit")
     write(path, "vit", "dsn")
     assert audited == ["vit_tiny_patch16_224", "dsn"]
-    write(path, "dsn", target=TARGET._replace(name="other"))
+    write(path, "dsn", targets=[TARGET._replace(name="other")])
     (row,) = write(path, "dsn", compile=True)  # was not compiled
     assert (row["aliased"], row["compiled_all_reduces_count"]) == ("yes", "7")
     assert row["temporaries_mib"] == "1.00"
@@ -85,6 +97,17 @@ def test_the_table_goes_on_where_it_ended(tmp_path, audited, monkeypatch):
     monkeypatch.setattr(audit_table, "find_versions", lambda: {"flax_cnns (code)": "changed"})
     write(path, "dsn")
     assert len(audited) == 5
+
+
+def test_several_targets_share_a_trace(tmp_path, audited):
+    targets = [TARGET, TARGET._replace(name="other"), TARGET._replace(name="one", devices=1)]
+    rows = write(tmp_path / "audit.csv", "dsn", targets=targets)
+    assert [(row["topology"], row["batch"]) for row in rows] == [
+        *(("tpu-2", "4"), ("other", "4"), ("one", "2"))
+    ]
+    assert audited.traced == ["dsn", "dsn"]
+    with pytest.raises(UserError, match="--compile: expected one --topology"):
+        audit.make_audit_devices(targets, compile=True)
 
 
 def test_a_failed_check_names_network_operation_and_module(tmp_path, audited):
@@ -112,7 +135,8 @@ def test_what_the_table_refuses(tmp_path, audited):
 def test_cifar_resnet20_compiled_for_a_tpu():
     target = topologies.find_target("v5e-4")
     config = audit_table.make_config(audit_table.NETWORKS["cifar_resnet"], target.devices)
-    result = audit.audit_config(config, target, topologies.make_devices(target), compile=True)
+    traces = audit.trace_config(config, topologies.make_devices(target))
+    result = audit.audit_traces(traces, target, compile=True)
     assert result.findings == ()
     # 19 norms forward and backward, except that the stem's last is with the gradients.
     assert 2 * 19 - 1 <= result.all_reduces <= 2 * 19 + checks.STEP_ALL_REDUCES
