@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
+from flax_cnns.runtime import output
+
 OFF = "off"
 MAX_BYTES = 4 * 2**30  # above this size, the least recently read entries are removed
 _PROBLEM = re.compile(
@@ -44,7 +46,8 @@ def enable(where: str = "") -> str:
     operation. If the folder cannot be written, prints a warning and turns the cache off.
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is respected if it is set.
     """
-    import jax
+    with output.without_driver_noise():
+        import jax
 
     if where == OFF:
         jax.config.update("jax_enable_compilation_cache", False)

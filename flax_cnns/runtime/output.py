@@ -12,8 +12,11 @@ Writing to other files still raises errors.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import re
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
@@ -93,3 +96,40 @@ def _restore(name: str, ours: _Safe, before: TextIO | None) -> None:
     ours.empty_buffer()
     if getattr(sys, name) is ours:
         setattr(sys, name, before)
+
+
+# What CUDA's plugin of JAX says on a machine without a driver. No environment variable stops it.
+_DRIVER_NOISE = re.compile(
+    rb"Could not find cuda drivers on your machine|All log messages before absl::InitializeLog"
+)
+
+
+@contextlib.contextmanager
+def without_driver_noise() -> Iterator[None]:
+    """A context in which CUDA's plugin does not say that this machine has no driver.
+
+    The plugin writes to the file descriptor of the standard error, whenever one of its libraries is
+    loaded. Everything else that is written there appears at the end of the context.
+    """
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            saved = os.dup(2)
+        except OSError:  # the standard error is closed
+            yield
+            return
+        stack.callback(os.close, saved)
+        kept = stack.enter_context(tempfile.TemporaryFile())
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            kept.seek(0)
+            with contextlib.suppress(OSError):
+                for line in kept:
+                    if not _DRIVER_NOISE.search(line):
+                        os.write(2, line)

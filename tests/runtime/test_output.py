@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import subprocess
 import sys
 
@@ -65,3 +67,24 @@ def test_the_exit_code_is_that_of_the_script(shell, said):
         ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (found.returncode, found.stderr) == (75, said)
+
+
+def test_a_missing_driver_is_not_said(monkeypatch, capfd):
+    """The lines of CUDA's plugin, of JAX 0.10.2; other lines and the order stay."""
+    said = [
+        "WARNING: All log messages before absl::InitializeLog() is called are written to STDERR",
+        "I0000 00:00:1.2 34 cudart_stub.cc:31] Could not find cuda drivers on your machine, GPU"
+        " will not be used.",
+        "an error of a library",
+    ]
+
+    def load():
+        with output.without_driver_noise():
+            os.write(2, "\n".join([*said, ""]).encode())
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    load()
+    assert capfd.readouterr().err == "an error of a library\n"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    load()
+    assert capfd.readouterr().err.splitlines() == said
