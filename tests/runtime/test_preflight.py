@@ -187,7 +187,9 @@ def test_another_disk_at_the_same_path(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", ["", 'set -- "$@" --config.seed=7'])
 def test_the_config_of_a_run(config, tmp_path, broken):
-    config.model.name = "lenet5"
+    config.model.name = "tests.runs.own_parts:Bare"  # compiles fast
+    config.data.mock = 64
+    config.data.augment.update(dict(pad_crop=0, rotate=0.0, scale=0.0))
     workdir = f"--workdir={tmp_path / 'run'}"
     start = [sys.executable, "-m", "experiments.train", "--check", workdir]
     start += [f"'{flag}'" for flag in overrides(config)]
