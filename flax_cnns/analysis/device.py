@@ -21,32 +21,34 @@ class Peak(NamedTuple):
 
 
 # Dense TFLOP/s of one JAX device: (bfloat16, float32, source). float32 is in XLA's default
-# precision: TF32 on NVIDIA's tensor cores from Ampere on, one bfloat16 pass on TPUs.
-_NVIDIA, _CLOUD = "NVIDIA's datasheet, dense", "Google Cloud's documentation"
+# precision: TF32 on NVIDIA's tensor cores from Ampere on, one bfloat16 pass on TPUs. NVIDIA's pages
+# give the tensor cores of Hopper and Ada "with sparsity": the dense number is half of that.
+_NVIDIA = "nvidia.com/en-us/data-center/"
+_CLOUD = "docs.cloud.google.com/tpu/docs/"
 PEAKS: dict[str, tuple[float | None, float, str]] = {
-    "Tesla V100-SXM2-16GB": (None, 15.7, _NVIDIA),
-    "Tesla V100-SXM2-32GB": (None, 15.7, _NVIDIA),
-    "Tesla T4": (None, 8.1, _NVIDIA),
-    "NVIDIA A10": (125.0, 62.5, _NVIDIA),
-    "NVIDIA A100-SXM4-40GB": (312.0, 156.0, _NVIDIA),
-    "NVIDIA A100-SXM4-80GB": (312.0, 156.0, _NVIDIA),
-    "NVIDIA A100-PCIE-40GB": (312.0, 156.0, _NVIDIA),
-    "NVIDIA A100 80GB PCIe": (312.0, 156.0, _NVIDIA),
-    "NVIDIA L4": (121.0, 60.0, _NVIDIA),
-    "NVIDIA L40S": (362.0, 183.0, _NVIDIA),
-    "NVIDIA H100 PCIe": (756.0, 378.0, _NVIDIA),
-    "NVIDIA H100 NVL": (835.0, 417.5, _NVIDIA),
-    "NVIDIA H100 80GB HBM3": (989.0, 494.5, _NVIDIA),
-    "NVIDIA H200": (989.0, 494.5, _NVIDIA),
+    "Tesla V100-SXM2-16GB": (None, 15.7, f"{_NVIDIA}v100"),
+    "Tesla V100-SXM2-32GB": (None, 15.7, f"{_NVIDIA}v100"),
+    "Tesla T4": (None, 8.1, f"{_NVIDIA}tesla-t4"),
+    "NVIDIA A10": (125.0, 62.5, f"{_NVIDIA}products/a10-gpu"),
+    "NVIDIA A100-SXM4-40GB": (312.0, 156.0, f"{_NVIDIA}a100"),
+    "NVIDIA A100-SXM4-80GB": (312.0, 156.0, f"{_NVIDIA}a100"),
+    "NVIDIA A100-PCIE-40GB": (312.0, 156.0, f"{_NVIDIA}a100"),
+    "NVIDIA A100 80GB PCIe": (312.0, 156.0, f"{_NVIDIA}a100"),
+    "NVIDIA L4": (121.0, 60.0, f"{_NVIDIA}l4, dense"),
+    "NVIDIA L40S": (362.0, 183.0, f"{_NVIDIA}l40s, dense"),
+    "NVIDIA H100 PCIe": (756.0, 378.0, f"{_NVIDIA}h100 (datasheet of 2023), dense"),
+    "NVIDIA H100 NVL": (835.0, 417.5, f"{_NVIDIA}h100, dense"),
+    "NVIDIA H100 80GB HBM3": (989.0, 494.5, f"{_NVIDIA}h100, dense"),
+    "NVIDIA H200": (989.0, 494.5, f"{_NVIDIA}h200, dense"),
     "NVIDIA GeForce RTX 3090": (71.0, 35.6, "NVIDIA's GA102 whitepaper, float32 sums"),
     "NVIDIA GeForce RTX 4090": (165.2, 82.6, "NVIDIA's Ada whitepaper, float32 sums"),
-    "TPU v2": (22.5, 22.5, f"{_CLOUD}: 45 a chip, two devices"),
-    "TPU v3": (61.5, 61.5, f"{_CLOUD}: 123 a chip, two devices"),
-    "TPU v4": (275.0, 275.0, _CLOUD),
-    "TPU v5 lite": (197.0, 197.0, _CLOUD),
-    "TPU v5": (459.0, 459.0, _CLOUD),
-    "TPU v6 lite": (918.0, 918.0, _CLOUD),
-    "TPU7x": (1153.5, 1153.5, f"{_CLOUD}: 2307 a chip, two devices"),
+    "TPU v2": (22.5, 22.5, f"{_CLOUD}v2: 45 a chip, two devices"),
+    "TPU v3": (61.5, 61.5, f"{_CLOUD}v3: 123 a chip, two devices"),
+    "TPU v4": (275.0, 275.0, f"{_CLOUD}v4"),
+    "TPU v5 lite": (197.0, 197.0, f"{_CLOUD}v5e"),
+    "TPU v5": (459.0, 459.0, f"{_CLOUD}v5p"),
+    "TPU v6 lite": (918.0, 918.0, f"{_CLOUD}v6e"),
+    "TPU7x": (1153.5, 1153.5, f"{_CLOUD}tpu7x: 2307 a chip, two devices"),
 }
 
 

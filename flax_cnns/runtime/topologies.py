@@ -11,8 +11,8 @@ The numbers of a target have their sources beside them:
   that is too large says "exceeds available HBM (15.75G)". The chip has a little more.
 - `memory` of a GPU is what the driver reports. JAX allocates three quarters of it by default
   (XLA_PYTHON_CLIENT_MEM_FRACTION in JAX's documentation of GPU memory allocation).
-- `bandwidth` of a TPU's memory is from Google Cloud's pages on each version
-  (docs.cloud.google.com/tpu/docs/v5e, ...); of a GPU, from the description of the device.
+- `bandwidth` of a TPU's memory is from Google Cloud's page on each version; of a GPU, from the
+  driver's description of the device.
 
 `analysis/device.py` has the peak FLOP/s.
 """
@@ -25,6 +25,7 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.runtime import output
 
 GIB = 2**30
 JAX_GPU_FRACTION = 0.75  # of a GPU's memory, which JAX allocates by default
@@ -58,12 +59,14 @@ class _Chip(NamedTuple):
     chip_config: str = "default"
 
 
+# "HBM bandwidth per chip" of docs.cloud.google.com/tpu/docs/VERSION. megacore: both cores of a chip
+# are one device.
 _CHIPS = {
-    "v4": _Chip(30.75, 1200e9, "megacore"),  # megacore: both cores are one device
-    "v5e": _Chip(15.75, 819e9),
-    "v5p": _Chip(95.74, 2765e9, "megacore"),
-    "v6e": _Chip(31.25, 1640e9),
-    "tpu7x": _Chip(94.75, 7380e9 / 2),  # two devices a chip
+    "v4": _Chip(30.75, 1200e9, "megacore"),  # .../v4: 32 GiB, 1200 GBps
+    "v5e": _Chip(15.75, 819e9),  # .../v5e: 16 GB, 819 GBps
+    "v5p": _Chip(95.74, 2765e9, "megacore"),  # .../v5p: 95 GB, 2765 GBps
+    "v6e": _Chip(31.25, 1638e9),  # .../tpu7x, its table of three versions: 32 GiB, 1638 GBps
+    "tpu7x": _Chip(94.75, 7380e9 / 2),  # .../tpu7x: 192 GiB, 7380 GBps, two devices a chip
 }
 
 # Name -> (layout, devices). Clouds count chips of v5e and v6e, and cores of the others: a v5p-8 has
@@ -95,7 +98,10 @@ _TPUS = {
 # XLA would time kernels on the device, and tile matrix products for it.
 _GPU_OPTIONS = (("xla_gpu_autotune_level", "0"), ("xla_gpu_enable_triton_gemm", False))
 
-# A GpuTargetConfigProto (XLA's stream_executor/device_description.proto) in text form.
+# A GpuTargetConfigProto (XLA's stream_executor/device_description.proto) in text form, as
+# `jax.lib.xla_client.get_topology_for_devices(jax.devices()).target_config` prints it on the
+# device. This one is from github.com/openxla/xla/issues/25919. NVIDIA's page on the H100 SXM has
+# the same bandwidth, rounded to 3.35 TB/s.
 _H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 }
@@ -251,7 +257,9 @@ def make_devices(target: CompileTarget) -> list[Any]:
         options = {"topology": target.layout, "target_config": _GPUS[target.name][0]}
     platform = {"gpu": "cuda"}.get(target.platform, target.platform)
     try:
-        devices = list(topologies.get_topology_desc(platform=platform, **options).devices)
+        with output.without_driver_noise():
+            jax.devices()  # loads JAX's plugins
+            devices = list(topologies.get_topology_desc(platform=platform, **options).devices)
     except jax.errors.JaxRuntimeError as error:
         if "lockfile" in str(error) or "already in use" in str(error):
             raise UserError(

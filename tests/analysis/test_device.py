@@ -14,7 +14,7 @@ def test_peaks_by_kind():
 
     assert peak("NVIDIA A100-SXM4-40GB", "bfloat16").flops == 312e12
     assert peak("NVIDIA A100-SXM4-40GB", "float32").flops == 156e12
-    assert "datasheet" in peak("NVIDIA H200", "bfloat16").source
+    assert peak("NVIDIA H200", "bfloat16").source == "nvidia.com/en-us/data-center/h200, dense"
     assert peak("Tesla T4", "bfloat16") is None  # no bfloat16
     assert peak("NVIDIA Abacus", "float32") is None
 
