@@ -67,7 +67,7 @@ def fits(argv: list[str]) -> None:
         if flags.FLAGS[name].present:
             raise UserError(f"--{name} does not go with --{'table' if _TABLE.value else 'config'}")
     topologies.check_compiler(target)
-    from flax_cnns.runs import fit_remedies, fit_step, fit_table
+    from flax_cnns.runs import fit_remedies, fit_step, fit_table, fit_text
     from flax_cnns.runs import fits as fitting
 
     cache = pathlib.Path(_CACHE_FOLDER.value or fit_step.find_default_folder())
@@ -79,7 +79,7 @@ def fits(argv: list[str]) -> None:
     report = fitting.find_fit(
         _CONFIG.value, target, cache=cache, check=_CHECK.value, num_classes=_CLASSES.value
     )
-    print(fitting.format_report(report))
+    print(fit_text.format_report(report))
     if _REMEDIES.value:
         print(fit_remedies.format_remedies(fit_remedies.try_remedies(report, cache=cache), report))
-    fitting.raise_if_too_large(report)
+    fit_text.raise_if_too_large(report)

@@ -12,13 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from flax_cnns.analysis.device import find_peak
-from flax_cnns.errors import UserError
 from flax_cnns.runs.fit_step import (
     BATCHES_AHEAD,
     CompiledStep,
     TargetStep,
     compile_step,
-    format_bytes,
 )
 from flax_cnns.runtime.topologies import CompileTarget, check_compiler, make_devices
 
@@ -122,10 +120,13 @@ class Prober:
         self.cache, self.say = cache, say
         self.done: dict[int, CompiledStep] = {}  # by images per device
 
-    def compile(self, images: int) -> bool:
-        """Compiles the step at a number of images per device; returns whether it fits."""
+    def compile(self, images: int, *, quick: bool = False) -> bool:
+        """Compiles the step at a number of images per device; returns whether it fits.
+
+        `quick`: see `compile_step`.
+        """
         if images not in self.done:
-            # Compilations of one step take about equally long.
+            # Compilations of one step take about equally long, and quick ones less.
             last = max((c.seconds for c in self.done.values() if not c.refusal), default=0.0)
             hint = f" (the last took {last:.0f} s)" if last else ""
             self.done[images] = compile_step(
@@ -134,6 +135,7 @@ class Prober:
                 images * self.step.devices,
                 compiler=self.compiler,
                 cache=self.cache,
+                quick=quick,
                 say=lambda text: self.say(text + hint),
             )
         return self.fits(images)
@@ -212,8 +214,8 @@ def find_fit(
     prober.compile(wanted)
     find_second_point(prober, wanted)
     largest = check_answer(prober) if check else prober.find_largest()
-    accepted = prober.accepted
-    shown = wanted if wanted in accepted else max(accepted, default=wanted)
+    complete = [n for n in prober.accepted if not prober.done[n].quick]
+    shown = wanted if wanted in complete else max(complete, default=wanted)
     compiled = prober.done[shown]
     return FitReport(
         target=target,
@@ -236,6 +238,9 @@ def find_second_point(prober: Prober, wanted: int) -> None:
     The second batch is half of what the first one suggests to fit. A line through two small batches
     says little about a large one: a TPU keeps the activations of few images on the chip. A third
     batch is compiled if less than two are `calm`.
+
+    Only the memory of these batches is used, so their compilation is quick; but not of a batch near
+    the first one, where a small difference would turn the line.
     """
     unit, memory = prober.step.unit, prober.target.memory
 
@@ -254,13 +259,17 @@ def find_second_point(prober: Prober, wanted: int) -> None:
     second = round_down(guess / 2)
     if second == images:
         second = max(unit, images // 2 // unit * unit) if images > unit else 2 * unit
-    prober.compile(second)
+
+    def compile(other: int) -> None:
+        prober.compile(other, quick=other >= 2 * images or other <= images / 2)
+
+    compile(second)
     while prober.done[second].refusal and second > images + unit:
         second = round_down((images + second) / 2)
-        prober.compile(second)
+        compile(second)
     lowest = prober.accepted[0]
     if len(prober.calm) < 2 and lowest > unit:
-        prober.compile(round_down(lowest / 2))
+        compile(round_down(lowest / 2))
 
 
 def read_needed_memory(refusal: str) -> float | None:
@@ -310,91 +319,4 @@ def find_bound(compiled: CompiledStep, target: CompileTarget, device: Any, confi
         compute=None if peak is None else compiled.flops / peak.flops,
         memory=compiled.traffic / target.bandwidth,
         peak_source="" if peak is None else peak.source,
-    )
-
-
-# ---------------------------------------------------------------------------- output
-
-_NAMES = {
-    "parameters": "parameters",
-    "batch_stats": "BatchNorm statistics",
-    "optimizer": "optimizer's state",
-    "ema": "averaged weights (EMA)",
-    "batch": "one batch",
-    "waiting_batches": f"{BATCHES_AHEAD} batches that wait",
-    "padding": "padding of these arrays",
-    "temporaries": "activations and other temporaries",
-    "results": "results that reuse no argument",
-}
-
-
-def format_report(report: FitReport) -> str:
-    """Formats a report for the console."""
-    step, compiled, target = report.step, report.compiled, report.target
-    lines = [
-        f"{step.config.model.name}, {step.config.model.dtype}, on {target.name}"
-        f" ({target.devices} x {format_bytes(target.memory)} usable), compiled by"
-        f" {report.compiler} at batch {compiled.batch_size}"
-    ]
-    if compiled.refusal:
-        return "\n".join([*lines, f"the compiler refused: {compiled.refusal}"])
-    rows = [(_NAMES[name], size) for name, size in report.parts.items() if size]
-    rows.append(("total per device", report.total))
-    lines += [f"  {name:34} {format_bytes(size):>12}" for name, size in rows]
-    lines[-1] += f"  {report.total / target.memory:.1%} of the memory"
-    if target.memory_is_lower_bound:
-        lines.append("  a lower bound: cuDNN's workspaces are not counted")
-    if report.model:
-        per_image = format_bytes(report.model.per_image)
-        lines.append(f"  {format_bytes(report.model.fixed)} in any case + {per_image} per image")
-    kinds = [
-        f"{count} {kind} of {format_bytes(size)} in all"
-        for kind, (count, size) in compiled.collectives.items()
-    ]
-    lines.append(f"collectives: {', '.join(kinds) or 'none'}")
-    intensity = compiled.flops / max(1, compiled.traffic)
-    lines.append(
-        f"per step and device: {compiled.flops / 1e12:.3f} TFLOP, {format_bytes(compiled.traffic)}"
-        f" moved, {intensity:.0f} FLOP per byte"
-    )
-    if report.bound:
-        compute = report.bound.compute
-        peak = f"{1e3 * compute:.2f} ms" if compute is not None else "peak not known"
-        lines.append(
-            f"roofline bound (not a forecast): at least {1e3 * report.bound.seconds:.2f} ms a step,"
-            f" by {report.bound.limit} (compute {peak}, memory {1e3 * report.bound.memory:.2f} ms)"
-        )
-    lines.append(f"largest batch: {describe_largest(report)}")
-    return "\n".join(lines)
-
-
-def describe_largest(report: FitReport) -> str:
-    """Returns the largest batch in words, and whether it was compiled."""
-    if report.largest is None:
-        return "not known, since memory does not grow with the batch"
-    if report.largest == 0:
-        return "none fits"
-    how = "compiled" if report.checked else "by the line through two batches; --check compiles it"
-    return f"{report.largest} ({how})"
-
-
-def raise_if_too_large(report: FitReport) -> None:
-    """Raises UserError, which names the batch that fits, if the config's batch does not fit."""
-    if report.fits:
-        return
-    compiled = {one.batch_size: one for one in report.compilations}[report.batch_size]
-    need = f"the compiler says {compiled.refusal!r}"
-    if not compiled.refusal:
-        need = (
-            f"a device needs {format_bytes(measure_total(report.step, compiled))} of"
-            f" {format_bytes(report.target.memory)}"
-        )
-    known = report.largest is not None
-    fits = "no batch fits" if known else "which batch fits is not known"
-    fits = f"batch {report.largest} fits" if report.largest else fits
-    if report.largest and not report.checked:
-        fits += " by estimate (--check compiles it)"
-    raise UserError(
-        f"data.batch_size={report.batch_size} does not fit on {report.target.name}: {need}; {fits};"
-        " --remedies tries accumulate, bfloat16, scan and remat"
     )

@@ -17,7 +17,7 @@ import pytest
 from configs.common import get_config
 from flax_cnns.analysis.device import Peak
 from flax_cnns.errors import UserError
-from flax_cnns.runs import fit_remedies, fit_step, fit_table, fits
+from flax_cnns.runs import fit_remedies, fit_step, fit_table, fit_text, fits
 from flax_cnns.runtime import topologies
 from flax_cnns.runtime.topologies import GIB, CompileTarget
 from tests.tiny_runs import ROOT
@@ -90,7 +90,7 @@ def test_the_real_step_of_a_config(real):
     assert report.bound.memory == pytest.approx(report.compiled.traffic / 1e10)
     assert report.step.unit == 2  # mixup takes pairs
     assert report.largest % 8 == 0
-    text = fits.format_report(report)
+    text = fit_text.format_report(report)
     assert f"largest batch: {report.largest} (by the line through two batches" in text
     assert "roofline bound (not a forecast)" in text
 
@@ -104,7 +104,7 @@ def test_a_repeated_command_compiles_nothing(real, folder, monkeypatch):
     )
     assert not any("compiling" in line for line in said)
     assert again.compilations == report.compilations
-    assert "peak not known" in fits.format_report(again)
+    assert "peak not known" in fit_text.format_report(again)
 
 
 def test_an_entry_is_of_one_program_target_and_compiler(real, folder, monkeypatch):
@@ -126,8 +126,10 @@ def test_an_entry_is_of_one_program_target_and_compiler(real, folder, monkeypatc
 
     monkeypatch.setattr(step, "trace", trace)
 
-    def compile(batch=4, target=CPU, compiler="c 1"):
-        return fit_step.compile_step(step, target, batch, compiler=compiler, cache=folder)
+    def compile(batch=4, target=CPU, compiler="c 1", quick=False):
+        return fit_step.compile_step(
+            step, target, batch, compiler=compiler, cache=folder, quick=quick
+        )
 
     first = compile()
     assert first.refusal == "RESOURCE_EXHAUSTED: Ran out of memory on HBM (9G)"
@@ -137,10 +139,15 @@ def test_an_entry_is_of_one_program_target_and_compiler(real, folder, monkeypatc
     compile(target=CPU._replace(layout="5"))
     compile(compiler="c 2")
     assert len(compiled) == 4
+    compile(quick=True)  # a CPU's compiler has no such option
+    assert len(compiled) == 4
+    monkeypatch.setitem(fit_step.QUICK_OPTIONS, "cpu", {"effort": -1.0})
+    assert compile(quick=True).quick
+    assert len(compiled) == 5
     for path in folder.glob("*.json"):
         path.write_text(path.read_text()[:50])
     compile()
-    assert len(compiled) == 5
+    assert len(compiled) == 6
 
 
 # ---- a made-up compiler
@@ -154,20 +161,21 @@ class Compiler:
 
     def __init__(self, fixed, per_image, bend=0.0, refuses=True):
         self.fixed, self.per_image, self.bend, self.refuses = fixed, per_image, bend, refuses
-        self.compiled = []
+        self.compiled, self.quick = [], []
 
-    def __call__(self, step, target, batch_size, *, say, **_):
+    def __call__(self, step, target, batch_size, *, say, quick=False, **_):
         images = batch_size // step.devices
         say(f"compiling {images}")
         self.compiled.append(images)
+        self.quick += [images] if quick else []
         total = int(self.fixed + self.per_image * images + self.bend * images**2)
         zeros = dict(arguments=0, temporaries=0, traffic=1, collectives={}, seconds=1.0, flops=1)
         if self.refuses and total > target.memory:
             text = (
                 f"RESOURCE_EXHAUSTED: total memory required ({total / GIB:.2f}G) exceeds available"
             )
-            return fit_step.CompiledStep(batch_size, total=0, refusal=text, **zeros)
-        return fit_step.CompiledStep(batch_size, total=total, **zeros)
+            total, zeros["refusal"] = 0, text
+        return fit_step.CompiledStep(batch_size, total=total, quick=quick, **zeros)
 
 
 def search(monkeypatch, compiler, batch, *, unit=1, check=False, target=V5E):
@@ -199,23 +207,33 @@ def test_a_line_is_found_from_two_batches(monkeypatch, unit, batch, refuses):
     assert len(compiler.compiled) == (2 if batch <= 8 * 102 else 3)
 
 
+@pytest.mark.parametrize(("batch", "quick"), [(48, [118]), (8 * 102, []), (8 * 6000, [])])
+def test_a_batch_far_from_the_configs_is_compiled_quickly(monkeypatch, batch, quick):
+    """The numbers that are shown are those of a complete compilation."""
+    compiler = Compiler(0.5 * GIB, 65 * MIB)
+    report = search(monkeypatch, compiler, batch)
+    assert compiler.quick == quick
+    assert not report.compiled.quick
+    assert report.largest == 8 * 240
+
+
 def test_a_batch_that_does_not_fit_names_one_that_does(monkeypatch):
     report = search(monkeypatch, Compiler(0.5 * GIB, 65 * MIB), 8 * 300)
     with pytest.raises(UserError) as told:
-        fits.raise_if_too_large(report)
+        fit_text.raise_if_too_large(report)
     message = str(told.value)
     assert "data.batch_size=2400 does not fit on v5e-8" in message
     assert "batch 1920 fits" in message
     assert "\n" not in message
-    fits.raise_if_too_large(search(monkeypatch, Compiler(0.5 * GIB, 65 * MIB), 8 * 240))
+    fit_text.raise_if_too_large(search(monkeypatch, Compiler(0.5 * GIB, 65 * MIB), 8 * 240))
 
 
 def test_nothing_fits(monkeypatch):
     report = search(monkeypatch, Compiler(16 * GIB, 1 * MIB), 64)
     assert report.largest == 0
-    assert "the compiler refused: RESOURCE_EXHAUSTED" in fits.format_report(report)
+    assert "the compiler refused: RESOURCE_EXHAUSTED" in fit_text.format_report(report)
     with pytest.raises(UserError, match="no batch fits"):
-        fits.raise_if_too_large(report)
+        fit_text.raise_if_too_large(report)
 
 
 def test_a_single_batch_that_fits_is_named(monkeypatch):
@@ -225,7 +243,7 @@ def test_a_single_batch_that_fits_is_named(monkeypatch):
     assert (report.model, report.largest, report.checked) == (None, 8, True)
     assert 2 in compiler.compiled
     with pytest.raises(UserError, match="; batch 8 fits; --remedies"):
-        fits.raise_if_too_large(report)
+        fit_text.raise_if_too_large(report)
 
 
 def test_the_check_corrects_a_curve(monkeypatch):
@@ -267,7 +285,7 @@ def test_a_compiler_that_recomputes_near_the_limit(monkeypatch):
 def test_memory_that_does_not_grow(monkeypatch):
     report = search(monkeypatch, Compiler(GIB, 0), 64)
     assert report.largest is None
-    assert "memory does not grow" in fits.describe_largest(report)
+    assert "memory does not grow" in fit_text.describe_largest(report)
 
 
 @pytest.mark.parametrize(
