@@ -13,11 +13,13 @@ python -m experiments.benchmark corruptions --model=cifar_resnet20
 python -m experiments.benchmark crops --model=cifar_resnet20
 python -m experiments.benchmark learn --models=lenet5
 python -m experiments.benchmark compiled --topology=h100 --device=cpu
+python -m experiments.benchmark gpu --out=gpu.csv
 
 Candidates run in turn, A B A B. A time is the median over the rounds. A ratio is the median of the
 rounds' ratios, shown with the smallest and the largest. Every command prints a table and writes two
 files: a JSON file with each round, the versions and the device, and a bar chart next to it. PyTorch
-is optional: pip install -e ".[bench]".
+is optional: pip install -e ".[bench]". `gpu` measures many things in processes of their own, and
+writes one CSV file, with which a killed command goes on.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from experiments.benchmarks import (
     crops,
     explain,
     flags,
+    gpu,
     inputs,
     learning,
     savings,
@@ -65,6 +68,7 @@ class Command(NamedTuple):
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, BenchmarkReport], int | None]  # an exit code; None: 0
     at_least: float | None = 0.2  # seconds per round; None: no timing in rounds
+    writes_json: bool = True  # otherwise, the command itself writes what --out names
 
 
 COMMANDS = {
@@ -144,6 +148,9 @@ COMMANDS = {
         learning.measure_learning,
         None,
     ),
+    "gpu": Command(
+        "What to measure on a GPU", (), gpu.add_gpu_flags, gpu.measure_gpu, 0.5, writes_json=False
+    ),
 }
 
 
@@ -185,7 +192,9 @@ def make_parser() -> argparse.ArgumentParser:
             "--out",
             default=None,
             help="the JSON file, with the chart next to it; none: write nothing; if not "
-            "given, runs/benchmarks/COMMAND-TIME.json",
+            "given, runs/benchmarks/COMMAND-TIME.json"
+            if command.writes_json
+            else f"the CSV file; if not given, {gpu.DEFAULT_OUT}",
         )
         sub.add_argument(
             "--compilation-cache",
@@ -216,7 +225,8 @@ def main(argv: list[str]) -> int:
             launch.keep_memory()
         _select_device(args.device)
         compilation_cache.enable(args.compilation_cache)
-        report = BenchmarkReport(command.title, command.columns, _out(args), vars(args))
+        out = _out(args) if command.writes_json else None
+        report = BenchmarkReport(command.title, command.columns, out, vars(args))
         try:
             code = command.run(args, report)
         except KeyboardInterrupt:

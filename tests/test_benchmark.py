@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -355,9 +356,15 @@ def test_out_of_memory_is_one_line(run, monkeypatch):
 def test_it_starts_where_only_jax_and_flax_are():
     """A GPU machine may lack Grain, TFDS and ml_collections."""
     absent = ("grain", "tensorflow_datasets", "ml_collections", "tensorboardX", "sklearn", "torch")
+    absent += ("torchvision", "timm", "scipy", "matplotlib", "PIL", "h5py")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
         "from experiments.benchmark import main\n"
+        "from experiments.benchmarks import gpu_child, gpu_steps\n"  # a process of `gpu`
+        "settings = gpu_steps.GpuSettings(4, 32, 2, 1, 0.0, smoke=True)\n"
+        "for measure in gpu_steps.measure_against_torch, gpu_steps.measure_recipe:\n"
+        "    try: measure(settings)\n"
+        "    except gpu_steps.Skipped as error: print('skipped:', error)\n"
         "sys.exit(main(['cond', '--batch=1', '--size=2', '--channels=1', '--branches=1', "
         "'--rounds=1', '--at-least=0', '--compilation-cache=off', '--out=none']))"
     )
@@ -365,6 +372,8 @@ def test_it_starts_where_only_jax_and_flax_are():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "written" not in done.stdout
+    assert "skipped: PyTorch is not installed" in done.stdout
+    assert re.search("skipped: .* is not installed, which a recipe needs", done.stdout)
 
 
 @pytest.mark.slow

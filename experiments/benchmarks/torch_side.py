@@ -189,13 +189,13 @@ def compare_with_torch(args: argparse.Namespace, report: BenchmarkReport) -> Non
         batch = training.make_examples(args.batch, model.input_size, model.num_classes)
         candidates = {
             "ours": trainee.make_train_call(),
-            "torch": _torch_step(torch, theirs, batch, device, args.dtype),
+            "torch": make_torch_step(torch, theirs, batch, device, args.dtype),
         }
         if args.compile:
             compiled = torch.compile(
                 create_torch_network(name, model.num_classes), mode=args.compile_mode
             )
-            candidates["compiled"] = _torch_step(torch, compiled, batch, device, args.dtype)
+            candidates["compiled"] = make_torch_step(torch, compiled, batch, device, args.dtype)
         if args.stock:
             # While the step is traced, our convolution is replaced by the one that nn.Conv calls.
             library = jax.lax.conv_general_dilated
@@ -247,9 +247,13 @@ def compare_with_torch(args: argparse.Namespace, report: BenchmarkReport) -> Non
     )
 
 
-def _torch_step(
+def make_torch_step(
     torch: Any, model: Any, batch: dict[str, np.ndarray], device: str, dtype: str
 ) -> Callable[[], Any]:
+    """Returns a call of a training step like `training.Trainee`'s, in channels_last.
+
+    It uses autocast if the dtype is bfloat16.
+    """
     model = model.to(device, memory_format=torch.channels_last).train()
     images = torch.from_numpy(np.ascontiguousarray(batch["image"].transpose(0, 3, 1, 2)))
     images = images.to(device, memory_format=torch.channels_last)

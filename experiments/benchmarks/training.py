@@ -107,10 +107,14 @@ class Trainee:
         evaluation = steps.make_eval_step(model.apply, normalize=normalize, num_classes=classes)
         self._eval = parallel.parallelize(evaluation, self.mesh, mode=mode, donate=False)
 
+    def trace(self) -> Any:
+        """Traces the training step; the result has `jaxpr` and `lower()`."""
+        return self._step.trace(self.state, self.batch, self.key)
+
     def compile(self) -> tuple[Any, float, float]:
         """Returns (the compiled training step, seconds to trace it, seconds to compile it)."""
         began = time.perf_counter()
-        lowered = self._step.lower(self.state, self.batch, self.key)
+        lowered = self.trace().lower()
         traced = time.perf_counter()
         compiled = lowered.compile()
         return compiled, traced - began, time.perf_counter() - traced
