@@ -234,6 +234,8 @@ def test_compiled(run, monkeypatch):
     assert ours["moved_ratio"] == ours["moved"] / plain["moved"]
     assert plain["moved"] >= 3 * 4 * 64 * 64
     assert "plain Flax: compiling for cpu-1" in out
+    assert sum(size for _, size, _ in plain["kernels"]) == plain["moved"]
+    assert "flax_cnns: 0.00 GB by " in out
 
 
 @pytest.mark.slow

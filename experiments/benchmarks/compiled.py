@@ -15,7 +15,7 @@ from experiments.benchmarks import plain_flax
 from experiments.benchmarks.flags import parse_positive_int
 from experiments.benchmarks.report import Bars, BenchmarkReport
 from flax_cnns import recipes
-from flax_cnns.analysis.hlo import read_traffic
+from flax_cnns.analysis.hlo import list_kernels, read_traffic
 from flax_cnns.runs.fit_step import TargetStep
 from flax_cnns.runtime import topologies
 from flax_cnns.train import parallel
@@ -28,6 +28,9 @@ def add_compiled_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", default="h100", help="what to compile for, as in fits")
     parser.add_argument("--batch", type=parse_positive_int, default=256, help="global batch")
     parser.add_argument("--size", type=parse_positive_int, default=224, help="height and width")
+    parser.add_argument(
+        "--kernels", type=int, default=10, help="kernels to list, those that move the most bytes"
+    )
 
 
 def compare_compiled(args: argparse.Namespace, report: BenchmarkReport) -> None:
@@ -51,6 +54,10 @@ def compare_compiled(args: argparse.Namespace, report: BenchmarkReport) -> None:
             f"{row['seconds']:.0f}",
         )
         report.add(row, cells)
+        report.summary += [
+            f"{row['step']}: {size / 1e9:.2f} GB by {kernel}, {source or 'no name'}"
+            for kernel, size, source in row["kernels"][: args.kernels]
+        ]
     names = ("temporaries", "moved")
     report.bars = Bars(
         ["temporaries", "bytes moved"],
@@ -99,11 +106,13 @@ def measure(
     report.print_line(f"{name}: compiling for {target.name}")
     began = time.perf_counter()
     compiled = traced.lower().compile(compiler_options=dict(target.compiler_options))
-    traffic = read_traffic(compiled.as_text())
+    text = compiled.as_text()
+    traffic = read_traffic(text)
     return {
         "step": name,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
         "moved": traffic.bytes,
         "collectives": {kind: each._asdict() for kind, each in traffic.collectives.items()},
+        "kernels": [tuple(kernel) for kernel in list_kernels(text)],
         "seconds": time.perf_counter() - began,
     }

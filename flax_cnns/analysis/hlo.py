@@ -73,6 +73,32 @@ def read_traffic(text: str) -> ProgramTraffic:
     return ProgramTraffic(kinds, moved)
 
 
+class Kernel(NamedTuple):
+    """An operation of a compiled program that runs once."""
+
+    name: str  # the compiler's
+    bytes: int  # that it reads and writes
+    source: str  # JAX's name of the operation, such as "jit(step)/jvp(Net)/stem/conv/..."; or ""
+
+
+def list_kernels(text: str) -> list[Kernel]:
+    """Returns the kernels of a program's main computation, those that move the most bytes first.
+
+    The kernels inside of loops and branches are left out.
+    """
+    computations, entry = _parse(text)
+    body = computations[entry]
+    found = re.findall(r'^\s+(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"', text, re.M)
+    sources = {name: source for name, source in found if name in body}
+    control = {*_ONLY_NAMES, "while", "conditional", "call"}
+    kernels = [
+        Kernel(one.name, _measure_kernel(computations, body, one), sources.get(one.name, ""))
+        for one in body.values()
+        if one.opcode not in control and not one.opcode.endswith(("-done", "-update"))
+    ]
+    return sorted(kernels, key=lambda one: -one.bytes)
+
+
 def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
     """Returns ({computation: {name: instruction}}, the entry's name)."""
     computations: dict[str, dict[str, _Instruction]] = {}

@@ -76,8 +76,7 @@ def max_pool(
         "cpu": partial(compare_taps, window=window, stride=stride, before=before, size=size)
     }
     if window <= MAX_CHOSEN_WINDOW:
-        choose = partial(choose_taps, window=window, stride=stride, before=before, size=size)
-        ours |= {"cuda": choose, "rocm": choose}
+        ours["cuda"] = partial(choose_taps, window=window, stride=stride, before=before, size=size)
     return lax.platform_dependent(x, **ours, default=library)
 
 
@@ -97,7 +96,7 @@ def compare_taps(
 def choose_taps(
     x: Array, window: int, stride: int, before: Sequence[int], size: tuple[int, int]
 ) -> Array:
-    """Max pooling for a GPU; the arguments are those of `compare_taps`.
+    """Max pooling for an NVIDIA GPU; the arguments are those of `compare_taps`.
 
     The gradient of XLA's own writes four index arrays in int32 and a padded image, and scatters.
     Here, one int8 per window says which pixel is the largest, and the gradient is one kernel. For

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from flax_cnns.analysis.hlo import Collective, read_traffic
+from flax_cnns.analysis.hlo import Collective, list_kernels, read_traffic
 
 FOLDER = Path(__file__).with_name("hlo")
 
@@ -38,6 +38,16 @@ def test_recorded_gpu_program():
     assert traffic.bytes == pytest.approx(3 * images + 5 * kernel, abs=5 * 4 * 2048)
 
 
+def test_the_kernels_of_a_recorded_program():
+    """cuDNN reads the images and the kernel, and writes the images: more than any other."""
+    text = (FOLDER / "gpu_h100.txt").read_text()
+    kernels = list_kernels(text)
+    assert sum(kernel.bytes for kernel in kernels) == read_traffic(text).bytes
+    kernel, images = 2 * 3 * 3 * 64 * 64, 2 * 64 * 32 * 32 * 64
+    assert kernels[0].bytes == pytest.approx(2 * images + kernel, abs=256)
+    assert "conv" in kernels[0].name
+
+
 def test_collectives_in_a_loop_count_as_often_as_it_runs():
     mesh = Mesh(jax.devices()[:4], ("batch",))
 
@@ -59,6 +69,9 @@ def test_bytes_of_a_plain_program():
     x, table = jnp.zeros(4096), jnp.zeros((512, 4096))
     compiled = jax.jit(lambda a, b: a * b + 1).lower(x, x).compile()
     assert read_traffic(compiled.as_text()).bytes == 3 * 4 * 4096
+    (kernel,) = list_kernels(compiled.as_text())
+    assert kernel.bytes == 3 * 4 * 4096
+    assert kernel.source.startswith("jit(<lambda>)/")
     take = jax.jit(lambda t, i: lax.dynamic_index_in_dim(t, i, keepdims=False) * 2)
     moved = read_traffic(take.lower(table, 3).compile().as_text()).bytes
     assert moved == pytest.approx(2 * 4 * 4096, abs=16)
