@@ -134,7 +134,8 @@ def _describe_search(search: SearchRecord) -> list[str]:
         trials = f"{len(stage.trials)} trial{'s' if len(stage.trials) > 1 else ''}"
         lines.append(
             f"{name}{trials} ({counts}); sampler {stage.sampler}, pruner {stage.pruner}, seed"
-            f" {stage.seed}; {steps:,} training steps; the trials took {format_duration(seconds)}."
+            f" {stage.seed}; {steps:,} training steps; {format_duration(seconds)} from the starts"
+            " to the ends of the trials, pauses included."
         )
     direction = "more is better" if search.maximize else "less is better"
     lines += [
@@ -208,10 +209,15 @@ def _compare_with_noise(search: SearchRecord, best: RankedTrial) -> str:
     low, high = wilson_interval(best.value * images, images)
     near = sum(trial.value >= low for trial in search.ranked)
     form = search.metric.format
-    return (
+    interval = (
         f"95 % Wilson interval of its {search.metric.name} on {images:,} validation images:"
-        f" {form(low)} to {form(high)} %. This interval contains {near} of the"
-        f" {len(search.ranked)} complete trials, so these images hardly tell them apart."
+        f" {form(low)} to {form(high)} %."
+    )
+    if near == 1:
+        return f"{interval} No other complete trial lies in it."
+    return (
+        f"{interval} This interval contains {near} of the {len(search.ranked)} complete trials, so"
+        " these images hardly tell them apart."
     )
 
 

@@ -145,6 +145,14 @@ def test_the_last_good_value_near_an_end_is_said(tmp_path):
     assert "the range ends at 1." in text
 
 
+def test_a_best_trial_that_stands_alone_is_not_called_equal_to_others(search):
+    record = read_search(search.folder)
+    alone = record._replace(stages=(record.stages[0]._replace(trials=(record.best,)),))
+    assert report._compare_with_noise(alone, record.best).endswith(
+        "%. No other complete trial lies in it."
+    )
+
+
 def test_less_may_be_better(tmp_path):
     options = dict(mode="min", metric="validation/loss", get_score=lambda v: 2 - score(v))
     write_study(tmp_path, given_config(), SPACE, trials=4, **options)

@@ -131,70 +131,103 @@ def test_stop_when_stops_a_run_that_resumes_to_the_bit(config, tmp_path, no_pict
 
 
 @pytest.mark.slow
-def test_trials_in_this_process_are_those_of_child_processes(config, tmp_path, no_pictures):
-    """The way of several processes, with one: same draws, same values, no number of the test."""
+def test_trials_in_this_process_end_and_are_pruned_like_those_of_child_processes(
+    config, tmp_path, no_pictures
+):
+    """The way of several processes, with one. Of two trials of halving, the worse one stops."""
+    config.model.name = "tests.runs.own_parts:Bare"
     folder = tmp_path / "together"
-    result = together.tune_together(
-        config,
-        lambda: check(config, RATE, folder, sampler="random", pruner="halving"),
-        trials=3,
-        budget_steps=None,
-        accept_changed_data=False,
-    )
-    states = [record.state for record in result.trials]
-    assert states.count("complete") >= 1
+    space = {"schedule.learning_rate": log_uniform(1e-3, 100.0)}
+    first = [{"schedule.learning_rate": rate} for rate in (1e-2, 100.0)]
+    options = dict(sampler="random", pruner="halving", metric="loss", first=first)
+
+    def tune_here():
+        return together.tune_together(
+            config,
+            lambda: check(config, space, folder, **options),
+            trials=2,
+            budget_steps=None,
+            accept_changed_data=False,
+        )
+
+    result = tune_here()
+    assert [record.state for record in result.trials] == ["complete", "pruned"]
     for record in result.trials:
         steps = json.loads((record.workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
         assert steps == record.steps == (6 if record.state == "complete" else record.curve[-1][0])
     assert find_test_numbers(folder) == []
-    again = together.tune_together(
-        config,
-        lambda: check(config, RATE, folder, sampler="random", pruner="halving"),
-        trials=3,
-        budget_steps=None,
-        accept_changed_data=False,
-    )
-    assert again.trials == result.trials
+    assert tune_here().trials == result.trials
 
 
 @pytest.mark.slow
-def test_real_trials_have_no_test_number(config, tmp_path):
-    options = dict(trials=2, jobs=2, sampler="qmc")
-    result = tune(config, RATE, tmp_path / "study", **options, console=Console(width=200))
+def test_a_real_trial_has_no_test_number(config, tmp_path):
+    """In a child process. Several of them at once: test_tuner.py."""
+    config.model.name = "tests.runs.own_parts:Bare"
+    options = dict(trials=1, jobs=1, sampler="qmc", console=Console(width=200))
+    result = tune(config, RATE, tmp_path / "study", **options)
     assert find_test_numbers(tmp_path / "study") == []
     study = read_study(tmp_path / "study")
     assert study.trials == result.trials
-    for record in study.trials:
-        assert record.state == "complete"
-        summary = json.loads((record.workdir / "summary.json").read_text())
-        assert record.value == summary["validation/best_accuracy"]
-        saved = json.loads((record.workdir / "config.json").read_text())
-        assert saved["schedule"]["learning_rate"] == record.fields["schedule.learning_rate"]
-        assert saved["train"]["test_on"] == "never"
+    (record,) = study.trials
+    assert record.state == "complete"
+    summary = json.loads((record.workdir / "summary.json").read_text())
+    assert record.value == summary["validation/best_accuracy"]
+    saved = json.loads((record.workdir / "config.json").read_text())
+    assert saved["schedule"]["learning_rate"] == record.fields["schedule.learning_rate"]
+    assert saved["train"]["test_on"] == "never"
+
+
+# Trains the first trial. The others log a closed form, because each would compile for seconds.
+SEVERAL = """
+import json, sys, time
+import jax
+from flax_cnns import config as configs
+from flax_cnns.config.spaces import log_uniform
+from flax_cnns.runtime.preemption import Preempted
+from flax_cnns.studies.search.tuning import together, tune
+train = together.run
+def run(config, workdir, *, stop_when, **options):
+    if workdir.name == "0":
+        return train(config, workdir, stop_when=stop_when, **options)
+    workdir.mkdir(parents=True, exist_ok=True)
+    log = open(workdir / "metrics.jsonl", "a") if jax.process_index() == 0 else None
+    for step in (2, 4, 6):
+        metrics = {"validation/accuracy": 1.0 - config.schedule.learning_rate}
+        if log is not None:
+            line = {"step": step, "time": time.time(), **metrics}
+            print(json.dumps(line), file=log, flush=True)
+        if stop_when(step, metrics):
+            raise Preempted(step, by_signal=False)
+    if log is not None:
+        best = {"step": 6, "validation/best_accuracy": metrics["validation/accuracy"]}
+        (workdir / "summary.json").write_text(json.dumps(best))
+together.run = run
+config = configs.complete(json.loads(sys.argv[2]))
+space = {"schedule.learning_rate": log_uniform(1e-3, 1e-1)}
+result = tune(config, space, sys.argv[1], trials=6, sampler="random", pruner="halving")
+print("trials", [(r.number, r.values, r.state, r.value, r.steps) for r in result.trials])
+"""
 
 
 @pytest.mark.slow
 def test_several_processes_run_the_same_trials(config, tmp_path):
     """Process 0 draws; both see the same trials and stop the same ones."""
     config.data.update(dict(mock=32, batch_size=8))
-    code = f"""
-import json, sys
-from flax_cnns import config as configs
-from flax_cnns.config.spaces import log_uniform
-from flax_cnns.studies.search.tuning import tune
-config = configs.complete(json.loads({json.dumps(configs.to_plain(config))!r}))
-space = {{"schedule.learning_rate": log_uniform(1e-3, 1e-1)}}
-result = tune(config, space, sys.argv[1], trials=2, sampler="random")
-print("trials", [(r.number, r.values, r.state, r.value) for r in result.trials])
-"""
+    config.model.name = "tests.runs.own_parts:Bare"
     command = [sys.executable, "-m", "flax_cnns.launch", "--local=2", "--devices=1", "--"]
-    command += [sys.executable, "-c", code, str(tmp_path / "study")]
+    command += [sys.executable, "-c", SEVERAL, str(tmp_path / "study")]
+    command += [json.dumps(configs.to_plain(config))]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line for line in result.stdout.splitlines() if "trials [" in line]
     assert len(lines) == 2
     assert lines[0].partition("trials")[2] == lines[1].partition("trials")[2]
-    assert [record.state for record in read_study(tmp_path / "study").trials] == ["complete"] * 2
+    trials = read_study(tmp_path / "study").trials
+    assert len(trials) == 6
+    assert {trial.state for trial in trials} == {"complete", "pruned"}
+    assert [trial.steps for trial in trials] == [
+        6 if trial.state == "complete" else 2 for trial in trials
+    ]
 
 
 def test_a_config_file_gives_the_space():
