@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import chex
 import pytest
 from absl import flags
 
-from flax_cnns import run
 from flax_cnns.checkpoint import finding
 from flax_cnns.cli import flags as script
 from flax_cnns.errors import UserError
 from tests.tiny_runs import ROOT, arrays, overrides, records
-
-slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def start(script, *flags, **kwargs):
@@ -35,8 +32,16 @@ def finish(script, *flags):
     return process.returncode, out, err
 
 
+def finish_each(script, cases):
+    """Returns (exit code, output, errors) of a script for each case's flags."""
+    command = [sys.executable, "-m", "tests.forked", f"experiments.{script}", json.dumps(cases)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.mark.slow
-def test_after_kill_9_the_same_command_resumes_bit_for_bit(config, tmp_path):
+def test_after_kill_9_the_same_command_resumes_bit_for_bit(config, tmp_path, as_users):
     config.train.duration = "160 steps"
     config.train.eval_every = "40 steps"
     config.checkpoint.every = "20 steps"
@@ -53,7 +58,8 @@ def test_after_kill_9_the_same_command_resumes_bit_for_bit(config, tmp_path):
     code, out, err = finish("train", *flags)
     assert code == 0, err
     assert "resumed at step" in out
-    run(config, tmp_path / "whole")
+    whole = finish("train", f"--workdir={tmp_path / 'whole'}", *overrides(config))
+    assert whole[0] == 0, whole
     chex.assert_trees_all_equal(arrays(tmp_path / "cut"), arrays(tmp_path / "whole"))
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
 
@@ -98,35 +104,44 @@ def test_a_signal_exits_with_75(config, tmp_path):
     assert finding.latest_step(tmp_path / "run") >= 5
 
 
-@pytest.mark.slow
-def test_the_config_may_be_named_after_a_space(tmp_path):
-    flags = ["--config", "configs/digits_lenet5.py:smoke", "--config.model.name=lenet6"]
-    code, _, err = finish("train", f"--workdir={tmp_path / 'run'}", *flags)
-    assert code == 2
-    assert "unknown model 'lenet6'" in err
+MISTAKES = [  # flags, and a part of the message
+    (["--config.optimizer.nam=adam"], "did you mean 'optimizer.name'"),
+    (["--config.seed=zero"], "seed"),
+    (["--config.model.widht=3"], "lenet5 has no field 'widht'"),
+    (["config.seed=3"], "unexpected argument 'config.seed=3'; flags begin with --"),
+    (["--config=configs/digits_lenet5.py:smok"], "it has smoke"),
+    (
+        ["--config", "configs/digits_lenet5.py:smoke", "--config.model.name=lenet6"],
+        "unknown model 'lenet6'",
+    ),
+    (["--config.optimizer.name=adan"], "did you mean 'adam'"),
+    (["--config.model.name=resnet"], "unknown model 'resnet'"),
+    (["--config=configs/nowhere.py"], "nowhere.py"),
+    (["--config.data.name=cifar11"], "did you mean 'cifar10"),
+]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--config.optimizer.nam=adam"], "did you mean 'optimizer.name'"),
-        slow(["--config.seed=zero"], "seed"),
-        slow(["--config.model.widht=3"], "lenet5 has no field 'widht'"),
-        slow(["config.seed=3"], "unexpected argument 'config.seed=3'; flags begin with --"),
-        slow(["--config=configs/digits_lenet5.py:smok"], "it has smoke"),
-        slow(["--config.optimizer.name=adan"], "did you mean 'adam'"),
-        slow(["--config.model.name=resnet"], "unknown model 'resnet'"),
-        slow(["--config=configs/nowhere.py"], "nowhere.py"),
-        slow(["--config.data.name=cifar11"], "did you mean 'cifar10"),
-    ],
-)
-def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, flags, message):
-    code, _, err = finish("train", f"--workdir={tmp_path / 'run'}", *flags)
+def check_mistake(result, message, workdir):
+    code, _, err = result
     assert code == 2, err
     assert err.count("\n") == 1, err
     assert err.startswith("error: ")
     assert message in err
-    assert not (tmp_path / "run").exists()
+    assert not workdir.exists()
+
+
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path):
+    flags, message = MISTAKES[0]
+    result = finish("train", f"--workdir={tmp_path / 'run'}", *flags)
+    check_mistake(result, message, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_every_mistake_is_one_line_and_leaves_nothing(tmp_path):
+    workdirs = [tmp_path / str(i) for i in range(len(MISTAKES))]
+    cases = [[f"--workdir={w}", *flags] for w, (flags, _) in zip(workdirs, MISTAKES)]
+    for result, (_, message), workdir in zip(finish_each("train", cases), MISTAKES, workdirs):
+        check_mistake(result, message, workdir)
 
 
 @pytest.mark.slow
@@ -139,14 +154,13 @@ def test_a_required_flag_is_asked_for():
 @pytest.mark.slow
 def test_a_search_says_what_it_can_search(tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
-    for args, message in (
-        (["scalin", workdir], "got 'scalin'; did you mean 'scaling'"),
-        ([workdir], "expected one of sanity, scaling, tune, nas first, got ''"),
-        (["scaling", workdir, "--step=7", "--config.data.name=cifar11"], "did you mean 'cifar10"),
-    ):
-        code, _, err = finish("search", *args)
-        assert (code, err.count("\n")) == (2, 1), err
-        assert message in err
+    cases = {
+        "got 'scalin'; did you mean 'scaling'": ["scalin", workdir],
+        "expected one of sanity, scaling, tune, nas first, got ''": [workdir],
+        "did you mean 'cifar10": ["scaling", workdir, "--step=7", "--config.data.name=cifar11"],
+    }
+    for result, message in zip(finish_each("search", list(cases.values())), cases):
+        check_mistake(result, message, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -204,10 +218,7 @@ def test_a_config_that_is_a_pipe_is_not_waited_for(tmp_path, join):
 
 
 @pytest.mark.slow
-def test_a_missing_workdir_is_reported(tmp_path):
-    code, _, err = finish("train")
-    assert code != 0
-    assert "--workdir" in err
+def test_a_workdir_without_a_run_is_reported(tmp_path):
     code, _, err = finish("evaluate", f"--workdir={tmp_path}")
     assert code == 2
     assert "no run here" in err
