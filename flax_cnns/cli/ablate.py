@@ -138,10 +138,7 @@ def ablate(argv: list[str]) -> int:
         most=_MOST.value,
         baseline=_BASELINE.value,
     )
-    if _DRY_RUN.value:
-        ablation.show_plan(_CONFIG.value, sweep, folder, **options)
-        return 0
-    options |= forms | dict(accept_changed_data=_ACCEPT.value)
+    options |= forms | dict(accept_changed_data=_ACCEPT.value, dry_run=_DRY_RUN.value)
     statuses = ablation.ablate(_CONFIG.value, sweep, folder, **options)
     if "interrupted" in statuses or "missing" in statuses:
         print("interrupted; run the same command again to resume")

@@ -31,7 +31,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.names import make_console
 from flax_cnns.runs import child
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runtime import launch, output
+from flax_cnns.runtime import cluster, output
 from flax_cnns.studies.ablation import forecast, plan, sharing, stopping, tuning
 from flax_cnns.studies.ablation.cells import run_cells
 from flax_cnns.studies.ablation.plan import SweepCell, SweepRow
@@ -66,6 +66,7 @@ def _make_plan(
     width: float | None,
     most: int | None,
     baseline: str | os.PathLike | None,
+    accept_changed_data: bool,
 ) -> AblationPlan:
     """Checks everything that can be checked before anything runs. Writes nothing."""
     workdirs.check_location(folder)
@@ -89,6 +90,10 @@ def _make_plan(
     tunings = [each for each in all_tunings if each.row.name in costs]
     if seeds < 1:
         cells = []
+    if tune is not None:
+        tuning.check_index(cells, index, pathlib.Path(folder), tunings, tune)
+        data = {name: cost.data.fingerprint for name, cost in costs.items()}
+        tuning.check_data(tunings, pathlib.Path(folder), tune, data, accept=accept_changed_data)
     return AblationPlan(sweep_rows, tunings, all_tunings, rule, cells, costs, metric)
 
 
@@ -112,23 +117,26 @@ def ablate(
     width: float | None = None,
     most: int | None = None,
     baseline: str | os.PathLike | None = None,
+    dry_run: bool = False,
 ) -> dict[str, int]:
     """Runs the cells of a sweep that are not final, then writes the report.
 
     rows, index: select rows by name, or one cell by its number.
     jobs: how many cells run at once, see `child.make_device_slots`.
     interval, margin, power, metric: see `report.write`.
-    accept_changed_data: see `run_cells`.
+    accept_changed_data: see `run_cells`. A row that was tuned on other data keeps its values.
     tune, space: first gives each row this number of trials over `space` and the row's own space,
         see `tuning`. `seeds=0` only tunes.
     width, most: adds seeds until intervals are so narrow or there are so many, see `stopping`.
     baseline: the folder of an ablation whose cells of the same baseline are used, see `sharing`.
+    dry_run: only prints what would run and how long that would take. Writes nothing.
 
     Returns {status: number of cells}; a row of which no trial is complete counts as one failed
     cell. Raises UserError, before anything runs, for everything that a run would refuse before its
     first step. Raises KeyboardInterrupt after Ctrl-C, when the running cells have saved.
     """
-    _check_single_process()
+    if not dry_run:
+        _check_single_process()
     todo = _make_plan(
         config,
         sweep,
@@ -142,13 +150,16 @@ def ablate(
         width=width,
         most=most,
         baseline=baseline,
+        accept_changed_data=accept_changed_data,
     )
     folder, all_rows, cells = pathlib.Path(folder), todo.rows, todo.cells
+    if dry_run:
+        _show_plan(todo, folder, jobs, rows, tune, baseline)
+        return {}
     untuned: dict[str, str] = {}
     slots = child.make_device_slots(jobs)
     tuning_plan = None
     if tune is not None:
-        tuning.check_index(cells, index, folder, todo.tunings, tune)
         tuning.check_optuna(todo.tunings, folder, tune)
         tuning_plan = tuning.describe_plan(todo.all_tunings, tune)
         print(tuning.describe_budget(todo.tunings, tune))
@@ -216,48 +227,22 @@ def _add_seeds(
     return counts
 
 
-def show_plan(
-    config: ConfigDict,
-    sweep: Iterable[tuple[Any, ...]],
-    folder: str | os.PathLike,
-    *,
-    seeds: int = 3,
-    jobs: int | None = None,
-    index: int | None = None,
-    rows: Sequence[str] = (),
-    metric: str = "accuracy",
-    tune: int | None = None,
-    space: Mapping[str, Any] = {},
-    width: float | None = None,
-    most: int | None = None,
-    baseline: str | os.PathLike | None = None,
+def _show_plan(
+    todo: AblationPlan,
+    folder: pathlib.Path,
+    jobs: int | None,
+    rows: Sequence[str],
+    tune: int | None,
+    baseline: str | os.PathLike | None,
 ) -> None:
-    """Prints what `ablate` would run and how long that would take. Writes nothing.
-
-    Raises UserError as `ablate` does.
-    """
-    todo = _make_plan(
-        config,
-        sweep,
-        folder,
-        seeds=seeds,
-        index=index,
-        rows=rows,
-        metric=metric,
-        tune=tune,
-        space=space,
-        width=width,
-        most=most,
-        baseline=baseline,
-    )
-    folder, cells, costs = pathlib.Path(folder), todo.cells, todo.costs
+    """Prints what `ablate` would run and how long that would take."""
+    cells, costs = todo.cells, todo.costs
     slots = child.make_device_slots(jobs)
     all_cells = cells or plan.select_cells(plan.make_cells(todo.rows, folder, 1), rows=rows)
     seconds, basis = forecast.forecast_seconds(all_cells, costs, slots[0])
     console = make_console(width=max(100, make_console().width))
     trials: list[float] = []
     if tune is not None:
-        tuning.check_index(cells, index, folder, todo.tunings, tune)
         print(tuning.describe_budget(todo.tunings, tune))
         console.print(tuning.make_budget_table(todo.tunings, tune, folder))
         left = {t.row.name: tune - tuning.count_done(folder, t.row.name) for t in todo.tunings}
@@ -305,8 +290,7 @@ def write_report(
 
 
 def _check_single_process() -> None:
-    several = launch.find_cluster(os.environ) in ("SLURM", "Open MPI", "Kubernetes")
-    if several or os.environ.get(launch.COORDINATOR):
+    if cluster.is_one_of_several(os.environ):
         raise UserError(
             "an ablation is one process that starts others; start a single process, for example"
             " with srun --ntasks=1, or an array of single processes with --index"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flax_cnns.errors import UserError
 from flax_cnns.runs import workdir as workdirs
+
+_REPAIR = "remove it, and the same command makes it again from the row's trials"
 
 
 class TunedTrial(NamedTuple):
@@ -30,6 +33,8 @@ class TunedRow(NamedTuple):
     trials: list[TunedTrial]
     best: int | None  # the number of the best trial; None if no trial is complete
     has_untuned: bool  # whether trial 0 is the row's own config
+    config: Mapping[str, Any] = {}  # of the trials, as plain data
+    data: Mapping[str, Any] = {}  # fingerprint of the data of the trials; {} if unknown
 
     @property
     def chosen(self) -> TunedTrial | None:
@@ -45,7 +50,10 @@ def read_tuned_row(folder: pathlib.Path, name: str) -> TunedRow | None:
     known = workdirs.read_json(path)
     try:
         trials = [TunedTrial(**trial) for trial in known["trials"]]
-        names = ("space", "metric", "mode", "best", "has_untuned")
-        return TunedRow(name=name, trials=trials, **{field: known[field] for field in names})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it, it is made again") from None
+        names = ("space", "metric", "mode", "best", "has_untuned", "config")
+        fields = {field: known[field] for field in names}
+        return TunedRow(name=name, trials=trials, data=known.get("data", {}), **fields)
+    except KeyError as error:
+        raise UserError(f"{path} is damaged: it has no {error}; {_REPAIR}") from None
+    except TypeError as error:
+        raise UserError(f"{path} is damaged ({error}); {_REPAIR}") from None

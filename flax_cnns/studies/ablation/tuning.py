@@ -24,6 +24,7 @@ from flax_cnns import config as configs
 from flax_cnns import files, recipes
 from flax_cnns.config import spaces
 from flax_cnns.config.spaces import Distribution
+from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.errors import UserError
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.studies.ablation import plan
@@ -171,11 +172,11 @@ def make_budget_table(tunings: Sequence[RowTuning], trials: int, folder: pathlib
 
 
 def describe_range(distribution: Distribution) -> str:
-    """Describes a distribution: "0.01 to 1, log", "2 to 9", "'sgd' or 'adam'"."""
-    if distribution.kind == "choice":
-        return " or ".join(map(str, distribution.labels))
-    log = ", log" if distribution.log else ""
+    """Describes a distribution: "0.01 to 1, log", "2 to 9", "sgd or adam, conditional"."""
     condition = ", conditional" if distribution.when else ""
+    if distribution.kind == "choice":
+        return " or ".join(map(str, distribution.labels)) + condition
+    log = ", log" if distribution.log else ""
     return f"{distribution.low:g} to {distribution.high:g}{log}{condition}"
 
 
@@ -222,6 +223,35 @@ def check_index(
         f"--index: row {name} is not tuned yet: first tune all rows, for example by an array over"
         f" the rows with --seeds=0 --index=ROW'S NUMBER, or this row by --seeds=0 --rows={name}"
     )
+
+
+def check_data(
+    tunings: Sequence[RowTuning],
+    folder: pathlib.Path,
+    trials: int,
+    data: Mapping[str, Mapping[str, Any]],
+    *,
+    accept: bool,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Raises UserError if a row was tuned on other data than `data`, {row: fingerprint now}.
+
+    With `accept`, says so instead. A row that is not tuned yet is checked by its study.
+    """
+    for tuning in tunings:
+        name = tuning.row.name
+        known = _read_if_same(tuning, folder, trials)
+        if known is None or not known.data:
+            continue
+        if not (changes := fingerprints.find_differences(known.data, data[name])):
+            continue
+        changed = f"row {name} was tuned on other data: {fingerprints.join_first(changes)}"
+        if not accept:
+            raise UserError(
+                f"{changed}; restore the data, remove {folder / name} to tune it again, or keep its"
+                " values with --accept-changed-data"
+            )
+        say(f"accepted: {changed}")
 
 
 # ---------------------------------------------------------------------------- running
@@ -340,10 +370,13 @@ def _write_tuned_row(tuning: RowTuning, folder: pathlib.Path, trials: int) -> No
     from flax_cnns.studies.search.tuning import read_study, records
 
     study = read_study(folder / tuning.row.name / "tune")
+    facts = records.read_facts(study.folder)
+    assert facts is not None  # the study was just read
     ours = study.trials[:trials]  # an earlier command may have asked for more
     best = records.find_best(ours, study.mode)
     content = {
         "config": configs.to_plain(tuning.config),
+        "data": facts["data"],
         "space": spaces.describe_space(tuning.space),
         "metric": study.metric,
         "mode": study.mode,
@@ -369,6 +402,5 @@ def _read_if_same(tuning: RowTuning, folder: pathlib.Path, trials: int) -> Tuned
     known = read_tuned_row(folder, tuning.row.name)
     if known is None or len(known.trials) != trials:
         return None
-    content = workdirs.read_json(folder / tuning.row.name / "tuned.json")
-    is_same = content["config"] == configs.to_plain(tuning.config)
+    is_same = known.config == configs.to_plain(tuning.config)
     return known if is_same and known.space == spaces.describe_space(tuning.space) else None

@@ -182,14 +182,43 @@ def test_a_killed_tuning_goes_on(config, runs, tmp_path, monkeypatch):
     assert first == second
 
 
+def test_a_row_that_was_tuned_on_other_data_is_not_taken(config, runs, tmp_path, capsys):
+    options = dict(seeds=1, tune=2, space=SPACE)
+    ablate.ablate(config, SWEEP[:1], tmp_path, **options | {"seeds": 0})
+    path = tmp_path / "none/tuned.json"
+    known = json.loads(path.read_text())
+    entry = known["data"]["splits"]["train"]
+    write_json(
+        path, known | {"data": known["data"] | {"splits": {"train": {**entry, "images": 9}}}}
+    )
+    runs.clear()
+    for changed in (options, options | {"dry_run": True}):
+        with pytest.raises(
+            UserError, match=r"row none was tuned on other data: .* remove .*none to"
+        ):
+            ablate.ablate(config, SWEEP[:1], tmp_path, **changed)
+    assert runs == []
+    capsys.readouterr()
+    ablate.ablate(config, SWEEP[:1], tmp_path, **options, accept_changed_data=True)
+    assert "accepted: row none was tuned on other data: " in capsys.readouterr().out
+    assert len(runs) == 1  # a cell, no trial
+    del known["config"]
+    write_json(path, known)
+    with pytest.raises(UserError, match="damaged: it has no 'config'; remove it, and the same"):
+        ablate.ablate(config, SWEEP[:1], tmp_path, **options)
+
+
 def test_a_dry_run_prints_equal_budgets_and_writes_nothing(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(forecast, "time_steps", lambda *_: (0.01, 1.0))  # 64 images: 1.64 s
     folder = tmp_path / "study"
-    ablate.show_plan(config, SWEEP, folder, seeds=2, jobs=1, tune=3, space=SPACE)
+    given = dict(seeds=2, jobs=1, tune=3, space=SPACE, dry_run=True)
+    assert ablate.ablate(config, SWEEP, folder, **given) == {}
     printed = capsys.readouterr().out
     assert "equal budgets: 3 trials for each of 2 rows, 6 trials without pruning" in printed
     assert "over spaces of 1 to 2 fields; scored on the validation split" in printed
     assert "schedule.learning_rate 0.01 to 1, log" in printed
+    name = choice("sgd", "adam", when={"mix.mixup": 0.0})
+    assert tuning.describe_range(name) == "sgd or adam, conditional"
     assert "6 trials left and 4 cells, 0 done; 1 at once, about 0:00:16 left" in printed
     assert not folder.exists()
 
