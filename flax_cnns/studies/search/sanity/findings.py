@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 WRONG, LOOK, FINE, LEFT_OUT = "wrong", "look", "fine", "left out"
@@ -17,13 +17,3 @@ class SanityFinding(NamedTuple):
     check: str
     text: str
     remedy: str = ""
-
-
-def format_percent(share: float) -> str:
-    """0.123 -> "12.3 %"."""
-    return f"{100 * share:.1f} %"
-
-
-def format_numbers(values: Iterable[float]) -> str:
-    """[0.1, 2] -> "0.1, 2"."""
-    return ", ".join(f"{value:.3g}" for value in values)

@@ -7,15 +7,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from flax_cnns.studies.search.sanity.findings import (
-    FINE,
-    LEFT_OUT,
-    LOOK,
-    WRONG,
-    Numbers,
-    format_numbers,
-    format_percent,
-)
+from flax_cnns.studies.search.sanity.findings import FINE, LEFT_OUT, LOOK, WRONG, Numbers
+from flax_cnns.studies.search.sanity.wording import format_numbers, format_percent
 
 
 def judge_inputs(parts: Mapping[str, Numbers]) -> Iterator[tuple[str, ...]]:

@@ -12,14 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from flax_cnns.studies.search.sanity.findings import (
-    FINE,
-    LOOK,
-    WRONG,
-    Numbers,
-    format_percent,
-)
+from flax_cnns.studies.search.sanity.findings import FINE, LOOK, WRONG, Numbers
 from flax_cnns.studies.search.sanity.trainings import FEW
+from flax_cnns.studies.search.sanity.wording import format_percent
 
 # ---------------------------------------------------------------------------- initial loss
 

@@ -7,16 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flax_cnns.studies.search.sanity.findings import (
-    FINE,
-    LEFT_OUT,
-    LOOK,
-    WRONG,
-    Numbers,
-    format_numbers,
-    format_percent,
-)
+from flax_cnns.studies.search.sanity.findings import FINE, LEFT_OUT, LOOK, WRONG, Numbers
 from flax_cnns.studies.search.sanity.trainings import smooth
+from flax_cnns.studies.search.sanity.wording import format_numbers, format_percent
 
 
 def judge_overfit(parts: Mapping[str, Numbers]) -> Iterator[tuple[str, ...]]:
