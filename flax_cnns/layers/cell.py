@@ -51,6 +51,27 @@ class PaddingRules(NamedTuple):
     zero_pools: Sequence[str]  # kinds of pooling ("max", "mean") that pad with zeros if strided
 
 
+class ReluConvNorm(nn.Module):
+    """ReLU, convolution, norm: [N H W C] -> [N H/stride W/stride width], rounded up."""
+
+    width: int
+    kernel_size: int
+    conv: ModuleDef
+    norm: ModuleDef
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        conv = self.conv(
+            self.width,
+            (self.kernel_size, self.kernel_size),
+            strides=self.stride,
+            padding=self.kernel_size // 2,
+            name="conv",
+        )
+        return self.norm(name="norm")(conv(nn.relu(x)))
+
+
 class Separable(nn.Module):
     """(ReLU, depthwise, 1x1, norm) twice: [N H W C] -> [N H/stride W/stride width]."""
 
@@ -98,19 +119,6 @@ class Pool(nn.Module):
         if x.shape[-1] == self.width:
             return y
         return self.norm(name="norm")(self.conv(self.width, (1, 1), padding=0, name="conv")(y))
-
-
-class Squeeze(nn.Module):
-    """ReLU, 1x1 convolution, norm: [N H W C] -> [N H W width]."""
-
-    width: int
-    conv: ModuleDef
-    norm: ModuleDef
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        conv = self.conv(self.width, (1, 1), padding=0, name="conv")
-        return self.norm(name="norm")(conv(nn.relu(x)))
 
 
 class Identity(nn.Module):
@@ -181,12 +189,14 @@ class Cell(nn.Module):
     @nn.compact
     def __call__(self, x: Array, p: Array | None, drop: DropPath | None = None) -> Array:
         given: dict[str, Any] = dict(conv=self.conv, norm=self.norm)
-        states = {"x": Squeeze(self.width, **given, name="squeeze")(x)}
+        squeeze = partial(ReluConvNorm, self.width, 1, **given)
+        states = {"x": squeeze(name="squeeze")(x)}
         if p is None:
             states["p"] = x
         else:
-            squeeze = Squeeze if p.shape[1:3] == x.shape[1:3] else FactorizedReduction
-            states["p"] = squeeze(self.width, **given, name="squeeze_previous")(p)
+            if p.shape[1:3] != x.shape[1:3]:
+                squeeze = partial(FactorizedReduction, self.width, **given)
+            states["p"] = squeeze(name="squeeze_previous")(p)
         size = [-(-n // self.stride) for n in x.shape[1:3]]
         zero = jnp.zeros((len(x), *size, self.width), states["x"].dtype)
         for i, row in enumerate(self.recipe.rows, 1):

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.layers.cell import ReluConvNorm
 from flax_cnns.models.fields import Classes, Count, Counts, ImageSize
 from flax_cnns.types import Array, Dtype, ModuleDef, Paper
 
@@ -104,27 +105,6 @@ def write_cell(operations: Sequence[str]) -> str:
 
 
 # ---------------------------------------------------------------------------- network
-
-
-class ReluConvNorm(nn.Module):
-    """ReLU, convolution, norm: [N H W C] -> [N H/stride W/stride width], rounded up."""
-
-    width: int
-    kernel_size: int
-    conv: ModuleDef
-    norm: ModuleDef
-    stride: int = 1
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        conv = self.conv(
-            self.width,
-            (self.kernel_size, self.kernel_size),
-            strides=self.stride,
-            padding=self.kernel_size // 2,
-            name="conv",
-        )
-        return self.norm(name="norm")(conv(nn.relu(x)))
 
 
 class SearchCell(nn.Module):

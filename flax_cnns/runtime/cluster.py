@@ -69,12 +69,28 @@ def find_cluster(environment: Mapping[str, str]) -> str | None:
         )
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         return "Kubernetes"
-    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
-    if "," in hosts or several("MEGASCALE_NUM_SLICES"):
+    if _names_tpu_hosts(environment):
         return "TPU"
     # A TPU VM has no such variables. JAX asks its metadata server instead.
     chips = any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
     return "TPU" if chips and importlib.util.find_spec("libtpu") else None
+
+
+def is_one_of_several(environment: Mapping[str, str]) -> bool:
+    """Whether this process is one of several, as far as the environment says.
+
+    JAX is not asked, as it would open the devices. A TPU VM without the variables of a pod does not
+    say it; `jax.process_count()` knows.
+    """
+    if environment.get(COORDINATOR):
+        return environment.get(NUM_PROCESSES, "") != "1"
+    cluster = find_cluster(environment)
+    return _names_tpu_hosts(environment) if cluster == "TPU" else cluster is not None
+
+
+def _names_tpu_hosts(environment: Mapping[str, str]) -> bool:
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
+    return "," in hosts or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1
 
 
 def find_host_name(environment: Mapping[str, str]) -> str:

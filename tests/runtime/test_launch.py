@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flax_cnns.errors import UserError
-from flax_cnns.runtime import launch
+from flax_cnns.runtime import cluster, launch
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +73,7 @@ KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "cluster"),
+    ("environment", "name"),
     [
         ({}, None),
         ({**SLURM, "SLURM_NTASKS": "2"}, "SLURM"),
@@ -91,9 +91,20 @@ KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
         ({"MEGASCALE_NUM_SLICES": "2"}, "TPU"),
     ],
 )
-def test_clusters(environment, cluster, monkeypatch):
+def test_clusters(environment, name, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no TPU here
-    assert launch.find_cluster(environment) == cluster
+    assert launch.find_cluster(environment) == name
+    assert cluster.is_one_of_several(environment) == (name is not None)
+
+
+def test_one_of_several_processes(monkeypatch):
+    """A machine with TPUs may be one of a pod or alone; it is alone unless it names others."""
+    monkeypatch.setattr(cluster, "find_cluster", lambda environment: "TPU")
+    assert not cluster.is_one_of_several({"TPU_WORKER_HOSTNAMES": "localhost"})
+    assert cluster.is_one_of_several({"TPU_PROCESS_ADDRESSES": "a:1,b:1"})
+    for count, expected in (("2", True), ("1", False)):
+        given = {cluster.COORDINATOR: "a:1", cluster.NUM_PROCESSES: count}
+        assert cluster.is_one_of_several(given) == expected
 
 
 def test_an_open_mpi_that_jax_cannot_read():
@@ -123,7 +134,7 @@ def test_two_processes_add_up_and_compare_their_configs():
         start(
             """
             import sys
-            from flax_cnns.runtime import launch
+            from flax_cnns.runtime import cluster, launch
             assert "jax" not in sys.modules
             launch.initialize()
             launch.initialize()  # again: nothing
@@ -199,7 +210,7 @@ def test_the_first_failure_is_named_and_its_code_returned(tmp_path, monkeypatch,
 def test_a_process_that_raises_does_not_wait_for_the_others(monkeypatch, capsys):
     monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
     script = """
-        from flax_cnns.runtime import launch
+        from flax_cnns.runtime import cluster, launch
         launch.initialize()
         import jax, time
         if jax.process_index() == 0:

@@ -18,11 +18,11 @@ import numpy as np
 
 from flax_cnns import layers
 from flax_cnns.errors import UserError
+from flax_cnns.layers.cell import ReluConvNorm
 from flax_cnns.models.nas_bench_201 import (
     EDGES,
     NODES,
     CellNetwork,
-    ReluConvNorm,
     apply_skeleton,
     parse_cell,
     write_cell,

@@ -54,7 +54,7 @@ class ChildScore(NamedTuple):
 
     accuracies: list[float]  # of the last validations, at most `LAST`
     params: int
-    seconds: float  # of training and compiling
+    seconds: float  # of training and compiling; 0 if unknown
     error: str = ""  # why training diverged
 
     @property
@@ -91,6 +91,13 @@ def read_score(job: ChildNetwork) -> ChildScore | None:
     values = record.series(f"validation/{name}")[1][-LAST:]
     accuracies = values[np.isfinite(values)].tolist()
     return ChildScore(accuracies, summary["params"], round(record.seconds or 0.0, 3))
+
+
+def _read_seconds(job: ChildNetwork) -> float:
+    """Returns how long a child that diverged took up to its last log line; 0 without one."""
+    with contextlib.suppress(UserError):
+        return round(read_record(job.workdir).seconds or 0.0, 3)
+    return 0.0
 
 
 class ChildTrainer:
@@ -132,7 +139,7 @@ class ChildTrainer:
         shutil.rmtree(job.workdir / "checkpoints", ignore_errors=True)
 
     def _finish(self, job: ChildNetwork, error: str = "") -> None:
-        score = ChildScore([], 0, 0.0, error) if error else read_score(job)
+        score = ChildScore([], 0, _read_seconds(job), error) if error else read_score(job)
         assert score is not None  # the run has just ended
         self._keep(job, score)
         self.trained += 1

@@ -56,7 +56,7 @@ def show_plan(
     )
     known = {name: read_trials(folder, name) for name in METHODS}
     left = max(trials - len(known[method]), 0)
-    seconds = [trial.seconds for found in known.values() for trial in found]
+    seconds = [t.seconds for found in known.values() for t in found if t.seconds]
     slots = child.make_device_slots(jobs)
     if seconds:
         each, basis = float(np.mean(seconds)), f"from the {len(seconds)} known trials"

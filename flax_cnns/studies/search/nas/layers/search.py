@@ -28,6 +28,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 from flax_cnns import config as configs
@@ -35,7 +36,8 @@ from flax_cnns import files
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.runs import child
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runtime import launch, output
+from flax_cnns.runs.build import initialize_jax
+from flax_cnns.runtime import cluster, output
 from flax_cnns.studies import own_parts
 from flax_cnns.studies.ablation.ablate import ablate
 from flax_cnns.studies.search.nas.controller import Controller
@@ -54,6 +56,11 @@ from flax_cnns.studies.search.nas.layers.trials import (
     write_trials,
 )
 from flax_cnns.train.progress import format_duration
+
+_ONE_PROCESS = (
+    "a search of networks is one process; start one, as with srun --ntasks=1; of a TPU pod, give it"
+    " one host"
+)
 
 
 class ControllerSettings(NamedTuple):
@@ -101,10 +108,8 @@ def search_layers(
     settings = settings or ControllerSettings()
     if settings.batch_size < 1 or settings.learning_rate <= 0:
         raise UserError(f"expected batch_size and learning_rate above 0, got {settings}")
-    if launch.find_cluster(os.environ) in ("SLURM", "Open MPI", "Kubernetes") or os.environ.get(
-        launch.COORDINATOR
-    ):
-        raise UserError("a search of networks is one process; start one, as with --ntasks=1")
+    if cluster.is_one_of_several(os.environ):
+        raise UserError(_ONE_PROCESS)
     workdirs.check_location(folder)
     folder = pathlib.Path(folder)
     configs.validate(config)
@@ -118,7 +123,11 @@ def search_layers(
         _check_recorded(folder / method / "settings.json", settings._asdict())
 
     slots = child.make_device_slots(jobs)
-    board = _Board(folder, method, trials, say)
+    if len(slots) == 1:  # the networks train in this process, which opens the devices
+        initialize_jax(first)
+        if jax.process_count() > 1:  # a TPU pod need not show in the environment
+            raise UserError(_ONE_PROCESS)
+    board = _Board(folder, method, trials, len(slots), say)
     trainer = ChildTrainer(slots, say, board.report, accept_changed_data=accept_changed_data)
     proposer = _Proposer(method, space, settings, config.seed)
     done = board.trials
@@ -215,31 +224,43 @@ class _Proposer:
 class _Board:
     """Prints a line for each network that was trained, with the time left."""
 
-    def __init__(self, folder: pathlib.Path, method: str, total: int, say: Callable[[str], None]):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        method: str,
+        total: int,
+        at_once: int,
+        say: Callable[[str], None],
+    ):
         self.trials, self.total, self.say = read_trials(folder, method), total, say
+        self.at_once = at_once  # networks that train at the same time
         self.new = 0  # trained, but not yet among the trials
-        self.seconds = [trial.seconds for trial in self.trials]
+        self.seconds = [trial.seconds for trial in self.trials if trial.seconds]
         self.best = max((trial.reward for trial in self.trials), default=0.0)
         line = f"{method}: {len(self.trials)} of {total} networks are known"
         if self.seconds and len(self.trials) < total:
-            line += f", about {self._eta()} left"
+            line += self._eta()
         elif not self.seconds:
             line += "; the first one tells how long all will take"
         say(line)
 
     def _eta(self) -> str:
+        """Says how long the rest will take; "" if no network's time is known."""
+        if not self.seconds:
+            return ""
         left = max(self.total - len(self.trials) - self.new, 0)
-        return format_duration(left * sum(self.seconds) / len(self.seconds))
+        seconds = left * sum(self.seconds) / len(self.seconds) / self.at_once
+        return f", about {format_duration(seconds)} left"
 
     def report(self, job: ChildNetwork, score: ChildScore) -> None:
         self.new += 1
-        self.seconds.append(score.seconds)
+        self.seconds += [score.seconds] if score.seconds else []  # 0: unknown
         how = score.error or f"{max(score.accuracies, default=0):.2%} validation"
         self.best = max(self.best, score.reward)
         self.say(
             f"{len(self.trials) + self.new}/{self.total} {job.name}: {how}, reward"
             f" {score.reward:.4f} (best {self.best:.4f}), {score.params:,} parameters,"
-            f" {score.seconds:.0f} s, about {self._eta()} left"
+            f" {score.seconds:.0f} s{self._eta()}"
         )
 
 

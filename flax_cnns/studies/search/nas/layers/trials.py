@@ -23,7 +23,7 @@ class LayersTrial(NamedTuple):
     accuracies: list[float]  # of the last validations
     reward: float
     params: int
-    seconds: float
+    seconds: float  # of training; 0 if unknown
     error: str = ""
 
 

@@ -22,24 +22,30 @@ from flax_cnns.models.nas import FIGURE_7
 from flax_cnns.runtime import preemption
 from flax_cnns.studies.search.nas.controller import Controller
 from flax_cnns.studies.search.nas.layers import children, pictures, report
+from flax_cnns.studies.search.nas.layers import search as search_module
 from flax_cnns.studies.search.nas.layers.search import ControllerSettings, search_layers
 from flax_cnns.studies.search.nas.layers.space import LayersSpace
-from flax_cnns.studies.search.nas.layers.trials import LayersTrial, find_best, read_trials
+from flax_cnns.studies.search.nas.layers.trials import (
+    LayersTrial,
+    find_best,
+    read_trials,
+    write_trials,
+)
 
 SPACE = LayersSpace(2)
 MADE: dict = {}  # controllers; tracing one takes a second, and they have no state
 SETTINGS = ControllerSettings(learning_rate=0.02, batch_size=2)
 
 
-class Killed(BaseException):
-    """Nothing in the package catches it, as nothing catches kill -9."""
+class Stopped(BaseException):
+    """Nothing in the package catches it, so nothing is written after it."""
 
 
 class FakeRuns:
     """Replaces `run`. A network's accuracy is a function of its table."""
 
     def __init__(self):
-        self.seen, self.kill_after = [], 10**9
+        self.seen, self.stop_after = [], 10**9
         self.diverged = ()
 
     def __call__(self, config, workdir, **_):
@@ -48,8 +54,8 @@ class FakeRuns:
         if name in self.diverged:
             raise Diverged("too many steps that are not finite")
         self.seen.append(name)
-        if len(self.seen) > self.kill_after:
-            raise Killed
+        if len(self.seen) > self.stop_after:
+            raise Stopped
         areas = [kernel[0] * kernel[1] for kernel, _, _ in config.model.table]
         accuracies = [0.99, 0.1, 0.2, 0.5 + sum(areas) / 250, 0.3, 0.2, 0.1]  # the first is too old
         workdir = pathlib.Path(workdir)
@@ -81,20 +87,20 @@ def search(folder, trials=6, **options):
     return search_layers(digits_nas.get_config(), folder, trials=trials, **options)
 
 
-def test_a_killed_search_goes_on_as_if_nothing_had_happened(runs, tmp_path):
+def test_a_search_that_stops_while_a_network_trains_goes_on_as_if_it_had_not(runs, tmp_path):
     whole = search(tmp_path / "whole")
     expected = (tmp_path / "whole/controller/trials.jsonl").read_bytes()
     trained = len(set(runs.seen))
     assert len(whole) == 6
     runs.seen.clear()
-    for kill_after in (1, 1, 0, 3):  # in the first batch, at its end, before and within the next
-        runs.kill_after = len(runs.seen) + kill_after
-        with pytest.raises(Killed):
-            search(tmp_path / "killed", trials=6)
-    runs.kill_after = 10**9
-    search(tmp_path / "killed", trials=5)  # first fewer than asked for later
-    search(tmp_path / "killed", trials=6)
-    assert (tmp_path / "killed/controller/trials.jsonl").read_bytes() == expected
+    for stop_after in (1, 1, 0, 3):  # in the first batch, at its end, before and within the next
+        runs.stop_after = len(runs.seen) + stop_after
+        with pytest.raises(Stopped):
+            search(tmp_path / "stopped", trials=6)
+    runs.stop_after = 10**9
+    search(tmp_path / "stopped", trials=5)  # first fewer than asked for later
+    search(tmp_path / "stopped", trials=6)
+    assert (tmp_path / "stopped/controller/trials.jsonl").read_bytes() == expected
     assert len(set(runs.seen)) == trained
     assert len(runs.seen) <= trained + 4  # only those that were being trained are trained again
     assert not list(tmp_path.glob("*/children/*/checkpoints"))
@@ -198,6 +204,39 @@ def test_errors(runs, tmp_path):
         search(tmp_path, method="random")
     with pytest.raises(UserError, match="no search of layers here"):
         report.write(tmp_path / "children")
+
+
+@pytest.mark.parametrize("knows", ["the environment", "JAX"])
+def test_one_of_several_processes_is_refused(runs, tmp_path, monkeypatch, knows):
+    """The environment of a TPU pod's host need not name the others."""
+    if knows == "JAX":
+        monkeypatch.setattr(search_module.jax, "process_count", lambda: 2)
+    else:
+        monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "host1,host2")
+    monkeypatch.setattr(search_module, "initialize_jax", lambda config: None)
+    with pytest.raises(UserError, match="a search of networks is one process"):
+        search(tmp_path)
+    assert runs.seen == []
+
+
+def test_the_time_left_counts_networks_of_known_time(tmp_path):
+    known = [
+        LayersTrial(i, (0,), str(i), [], 0.1, 1, seconds)
+        for i, seconds in enumerate([10.0, 0.0, 20.0])  # one diverged before its first log line
+    ]
+    said: list[str] = []
+    write_trials(tmp_path, "random", known)
+    board = search_module._Board(tmp_path, "random", 7, 2, said.append)
+    job = children.ChildNetwork("net", tmp_path, None)
+    board.report(job, children.ChildScore([0.5], 1, 30.0))
+    board.report(job, children.ChildScore([], 0, 0.0, "diverged"))
+    assert said[0] == "random: 3 of 7 networks are known, about 0:00:30 left"
+    assert said[1].endswith("30 s, about 0:00:30 left")  # three more, two at once, 20 s each
+    assert "diverged, reward 0.0000" in said[2]
+    assert said[2].endswith("0 s, about 0:00:20 left")
+    empty = search_module._Board(tmp_path / "new", "random", 2, 1, said.append)
+    empty.report(job, children.ChildScore([], 0, 0.0, "diverged"))
+    assert said[-1].endswith(" 0 parameters, 0 s")
 
 
 def test_the_report_says_who_is_not_shown_to_be_better(tmp_path):
