@@ -85,6 +85,9 @@ def _make_plan(
     all_tunings = [] if tune is None else tuning.plan_tuning(sweep_rows, space)
     cells = plan.make_cells(sweep_rows, folder, max(seeds, 1))
     cells = plan.select_cells(cells, rows=rows, index=index)
+    first = sweep_rows[0].name
+    if rule is not None and all(cell.row.name != first for cell in cells):
+        raise UserError(f"--width needs the baseline's cells; add it: --rows={first},...")
     costs = forecast.measure_rows(cells)
     metric = forecast.check_metric(metric, costs)
     tunings = [each for each in all_tunings if each.row.name in costs]
@@ -173,7 +176,8 @@ def ablate(
         tuning.check_cells(cells)
     if baseline is not None:
         first = [cell for cell in cells if cell.row is todo.rows[0]]
-        sharing.share_cells(first, baseline, todo.costs[first[0].row.name].data) if first else None
+        if first:
+            sharing.share_cells(first, baseline, todo.costs[first[0].row.name].data)
     interrupt, counts = None, {}
     options: dict[str, Any] = dict(accept_changed_data=accept_changed_data, metric=todo.metric)
     try:
@@ -208,8 +212,6 @@ def _add_seeds(
     assert rule is not None
     rows = {cell.row.name: cell.row for cell in cells}
     first = todo.rows[0].name
-    if first not in rows:
-        raise UserError(f"--width needs the baseline's cells; add it: --rows={first},...")
     described = stopping.describe_plan(rule, seeds, todo.metric)
     while not counts.keys() & {"interrupted", "missing"}:  # a signal leaves such cells
         states = stopping.read_states(folder, list(rows), first, rule, todo.metric, seeds)

@@ -121,7 +121,7 @@ def read_states(
 
 
 def describe_progress(states: Mapping[str, RowState], rule: StoppingRule, baseline: str) -> str:
-    """Describes the rows that go on: "mixup to seed 6 (1.20 wide)"."""
+    """Describes the rows that go on: "mixup has 6 (was 1.20 wide); until 1 or 20 seeds"."""
     going = {n: s for n, s in states.items() if not s.reason and n != baseline}
     parts = [f"{n} has {s.seeds} (was {_format_width(s.width)} wide)" for n, s in going.items()]
     return f"{', '.join(parts)}; until {rule.width:g} or {rule.most} seeds"
