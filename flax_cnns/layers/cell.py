@@ -189,7 +189,7 @@ class Cell(nn.Module):
     @nn.compact
     def __call__(self, x: Array, p: Array | None, drop: DropPath | None = None) -> Array:
         given: dict[str, Any] = dict(conv=self.conv, norm=self.norm)
-        squeeze = partial(ReluConvNorm, self.width, 1, **given)
+        squeeze: ModuleDef = partial(ReluConvNorm, self.width, 1, **given)
         states = {"x": squeeze(name="squeeze")(x)}
         if p is None:
             states["p"] = x
