@@ -112,6 +112,11 @@ def make_normalize(components: RunComponents) -> Callable[[Array], Array]:
 # ---------------------------------------------------------------------------- networks
 
 
+def drop_axis(model: nn.Module) -> nn.Module:
+    """Returns the network without synchronized BatchNorm, whose axis exists only inside a step."""
+    return model.clone(axis_name=None) if hasattr(model, "axis_name") else model
+
+
 def make_quiet_apply(model: nn.Module, modes: Mapping[str, str]) -> Callable:
     """Returns the network's `apply` without anything random: evaluation, except that each BatchNorm
     whose mode is "train" normalizes by the batch and updates its statistics, as in training."""

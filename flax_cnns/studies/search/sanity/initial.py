@@ -20,7 +20,13 @@ from flax_cnns.runs.build import (
     make_training_key,
     train_batches,
 )
-from flax_cnns.studies.search.sanity.bench import HostBatch, Meter, SanityBench, Trainer
+from flax_cnns.studies.search.sanity.bench import (
+    HostBatch,
+    Meter,
+    SanityBench,
+    Trainer,
+    drop_axis,
+)
 from flax_cnns.train import dropout, losses, parallel, steps
 from flax_cnns.types import Array, PyTree
 
@@ -136,7 +142,8 @@ def measure_layers(bench: SanityBench, trainer: Trainer, train: HostBatch) -> di
     initialization, the size of one update relative to the weights, and frozen BatchNorms."""
     modes = bench.optimizer.batchnorm_modes
     mode: Any = "batch" if "train" in modes.values() else "running"
-    model, variables = unroll(bench.components.model, jax.tree.map(jnp.asarray, bench.variables))
+    network = drop_axis(bench.components.model)
+    model, variables = unroll(network, jax.tree.map(jnp.asarray, bench.variables))
     images = jnp.asarray(bench.normalize(train["image"][:MAX_LAYER_IMAGES]))
     labels = losses.soft_labels(
         jnp.asarray(train["label"][:MAX_LAYER_IMAGES]), bench.components.num_classes

@@ -17,7 +17,13 @@ from flax_cnns.runs.build import RunComponents
 from flax_cnns.runs.network import make_model
 from flax_cnns.runs.plan import RunPlan
 from flax_cnns.runs.start import make_initial_variables
-from flax_cnns.studies.search.sanity.bench import HostBatch, Meter, SanityBench, Trainer
+from flax_cnns.studies.search.sanity.bench import (
+    HostBatch,
+    Meter,
+    SanityBench,
+    Trainer,
+    drop_axis,
+)
 from flax_cnns.studies.search.sanity.initial import compare_weights
 
 Tick = Callable[[int, int], None]  # (steps done, steps in all): shows the progress
@@ -199,10 +205,7 @@ def plan_capacity(
     """Returns (the widths, the MACs of an image at each, the steps of each training)."""
     widths = list(make_widths(bench))
     shape = (1, *bench.dataset.image_shape)
-    # The axis of synchronized statistics exists only inside a step.
-    models = [each.model for _, each in widths]
-    models = [m.clone(axis_name=None) if hasattr(m, "axis_name") else m for m in models]
-    macs = [cost(model, shape).macs for model in models]
+    macs = [cost(drop_axis(each.model), shape).macs for _, each in widths]
     budget = round(MACS / max(sum(macs) * bench.config.data.batch_size, 1))
     most = min(MOST_STEPS, bench.plan.total_steps)
     return widths, macs, steps or min(max(budget, LEAST_STEPS), most)
