@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -30,6 +30,7 @@ from flax_cnns.runs import workdir as workdirs
 from flax_cnns.studies.ablation import plan
 from flax_cnns.studies.ablation.plan import SweepCell, SweepRow
 from flax_cnns.studies.ablation.tuned_rows import TunedRow, read_tuned_row
+from flax_cnns.studies.ablation.untuned import find_untuned
 
 SEED_OFFSET = 10_000  # of the trials: the cells have the seeds config.seed + 0, 1, 2, ...
 
@@ -98,58 +99,6 @@ def plan_tuning(rows: Sequence[SweepRow], common: Mapping[str, Any]) -> list[Row
     for path, reason in unused.items():
         raise UserError(f"space(): no row ever draws {path}; in the last one, {reason}")
     return tunings
-
-
-def find_untuned(
-    config: Any, space: Mapping[str, Distribution], overrides: set[str]
-) -> dict[str, Any] | None:
-    """Returns the drawn values that give the config as it is; None if the space cannot give it.
-
-    Raises UserError if the space cannot give a field of `overrides`, the fields that the row sets.
-    """
-    flat, untuned, is_complete = configs.flatten(config), {}, True
-    for path, distribution in space.items():
-        if not spaces.is_active(distribution, config):
-            continue
-        drawn = next(_list_candidates(distribution, flat.get(path)), None)
-        if drawn is not None:
-            untuned[path] = drawn
-        elif path in overrides:
-            raise UserError(
-                f"the space of {path} does not contain the row's own value {flat.get(path)!r}:"
-                " widen it, so that the untuned row is among the trials"
-            )
-        else:
-            is_complete = False
-    return untuned if is_complete else None
-
-
-def _list_candidates(distribution: Distribution, value: Any) -> Iterator[Any]:
-    """Yields the drawn values that make a field's value.
-
-    For a range with `to_value` these are numbers inside of the value, such as the rate in a rule.
-    """
-    wanted = configs.to_plain({"value": value})
-    if distribution.kind == "choice":
-        candidates: list[Any] = list(distribution.values)
-    else:
-        low, high = distribution.low, distribution.high
-        candidates = [number for number in _list_numbers(value) if low <= number <= high]
-        if distribution.kind == "integer":
-            candidates = [int(number) for number in candidates if number == int(number)]
-    for drawn in candidates:
-        try:
-            made = configs.to_plain({"value": distribution.make_value(drawn)})
-        except UserError:  # JSON cannot hold it
-            continue
-        if made == wanted:
-            yield drawn
-
-
-def _list_numbers(value: Any) -> list[Any]:
-    if isinstance(value, (tuple, list)):
-        return [number for each in value for number in _list_numbers(each)]
-    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
 
 
 def describe_plan(tunings: Sequence[RowTuning], trials: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from flax_cnns import config as configs
 from flax_cnns.config.spaces import choice, integer, log_uniform, uniform
 from flax_cnns.errors import UserError
 from flax_cnns.runs import child
-from flax_cnns.studies.ablation import ablate, forecast, plan, tuning, tuning_report
+from flax_cnns.studies.ablation import ablate, forecast, plan, tuning, tuning_report, untuned
 from flax_cnns.studies.ablation.tuned_rows import TunedRow, TunedTrial, read_tuned_row
 from flax_cnns.studies.search import tuning as searches
 from tests.sweeps import write_json
@@ -346,6 +346,6 @@ def test_the_section_of_the_report():
 
 
 def test_integers_are_drawn_as_integers():
-    drawn = tuning.find_untuned({"a": 7.0}, {"a": integer(1, 9)}, set())
+    drawn = untuned.find_untuned({"a": 7.0}, {"a": integer(1, 9)}, set())
     assert drawn == {"a": 7}
     assert isinstance(drawn["a"], int)
