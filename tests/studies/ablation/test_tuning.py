@@ -183,29 +183,35 @@ def test_a_killed_tuning_goes_on(config, runs, tmp_path, monkeypatch):
 
 
 def test_a_row_that_was_tuned_on_other_data_is_not_taken(config, runs, tmp_path, capsys):
-    options = dict(seeds=1, tune=2, space=SPACE)
-    ablate.ablate(config, SWEEP[:1], tmp_path, **options | {"seeds": 0})
+    (row,) = tuning.plan_tuning(plan.make_rows(config, SWEEP[:1]), SPACE)
+    tuning.tune_rows([row], tmp_path, 2)
     path = tmp_path / "none/tuned.json"
     known = json.loads(path.read_text())
-    entry = known["data"]["splits"]["train"]
-    write_json(
-        path, known | {"data": known["data"] | {"splits": {"train": {**entry, "images": 9}}}}
-    )
-    runs.clear()
-    for changed in (options, options | {"dry_run": True}):
-        with pytest.raises(
-            UserError, match=r"row none was tuned on other data: .* remove .*none to"
-        ):
-            ablate.ablate(config, SWEEP[:1], tmp_path, **changed)
-    assert runs == []
-    capsys.readouterr()
-    ablate.ablate(config, SWEEP[:1], tmp_path, **options, accept_changed_data=True)
-    assert "accepted: row none was tuned on other data: " in capsys.readouterr().out
-    assert len(runs) == 1  # a cell, no trial
+    assert known["data"] == {}  # noise has no fingerprint
+    now = {"reader": "arrays", "classes": ["a"], "splits": {"train": {"images": 9}}}
+    write_json(path, known | {"data": now | {"splits": {"train": {"images": 8}}}})
+    tuning.check_data([row], tmp_path, 2, {"none": {}}, accept=False)  # nothing to compare with
+    message = "row none was tuned on other data: train had 8 images, has 9"
+    with pytest.raises(UserError, match=f"{message}; restore the data, remove .*none to tune"):
+        tuning.check_data([row], tmp_path, 2, {"none": now}, accept=False)
+    tuning.check_data([row], tmp_path, 2, {"none": now}, accept=True)
+    assert f"accepted: {message}" in capsys.readouterr().out
+    tuning.check_data([row], tmp_path, 3, {"none": now}, accept=False)  # to be tuned again
     del known["config"]
     write_json(path, known)
     with pytest.raises(UserError, match="damaged: it has no 'config'; remove it, and the same"):
-        ablate.ablate(config, SWEEP[:1], tmp_path, **options)
+        tuning.tune_rows([row], tmp_path, 2)
+
+
+def test_a_start_compares_the_data_of_tuned_rows(config, runs, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(tuning, "check_data", lambda *args, **words: given.append((args, words)))
+    monkeypatch.setattr(forecast, "time_steps", lambda *_: (0.01, 1.0))
+    options = dict(tune=2, space=SPACE, dry_run=True, accept_changed_data=True)
+    ablate.ablate(config, SWEEP, tmp_path / "a", rows=["mixup"], **options)
+    (((rows, folder, trials, data), words),) = given
+    assert ([row.row.name for row in rows], trials, data) == (["mixup"], 2, {"mixup": {}})
+    assert (folder, words) == (tmp_path / "a", {"accept": True})
 
 
 def test_a_dry_run_prints_equal_budgets_and_writes_nothing(config, tmp_path, monkeypatch, capsys):
