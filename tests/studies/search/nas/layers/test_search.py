@@ -65,6 +65,7 @@ class FakeRuns:
             json.dumps({"step": i + 1, "validation/accuracy": accuracy, "time": float(i)})
             for i, accuracy in enumerate(accuracies)
         ]
+        lines.insert(0, json.dumps({"step": 0, "time/first_step": 2.0, "time": 2.0}))
         (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         files.write_json(workdir / "summary.json", {"params": sum(areas)})
 
@@ -134,7 +135,7 @@ def test_rewards_and_the_best(runs, tmp_path):
     for line, best in zip(said[1:9], bests):
         assert f"(best {best:.4f})" in line
     assert said[1].startswith(f"1/8 {trials[0].name}: ")
-    assert "about 0:00:00 left" in said[8]
+    assert said[8].endswith(" 6 s, about 0:00:00 left")
 
     seen = len(runs.seen)
     search(tmp_path, method="random", trials=8)
