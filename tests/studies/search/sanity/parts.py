@@ -20,6 +20,7 @@ class Net(nn.Module):
     std: float = -1.0
     norm: bool = True
     aux: bool = False
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images, *, train):
@@ -27,7 +28,8 @@ class Net(nn.Module):
         init = he if self.std < 0 else nn.initializers.normal(self.std)
         x = nn.Conv(self.width, (3, 3), strides=2, kernel_init=init, name="conv")(images)
         if self.norm:
-            x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
+            norm = nn.BatchNorm(not train, momentum=0.9, axis_name=self.axis_name, name="norm")
+            x = norm(x)
         x = nn.relu(x).reshape(len(x), -1)
         if self.aux and train:
             self.sow("aux_logits", "logits", jnp.zeros((len(x), self.num_classes)))

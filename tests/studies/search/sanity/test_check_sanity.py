@@ -34,7 +34,10 @@ def run(checks, tmp_path=None, *, own=None, steps=30, **changes):
 
 @pytest.mark.slow
 def test_a_sound_config_raises_no_alarm_and_its_numbers_are_kept(tmp_path, monkeypatch):
-    report, found, said = run(ALL, tmp_path, steps=40)
+    """With synchronized BatchNorm, whose axis exists only inside a step."""
+    monkeypatch.setattr(trainings, "WIDTHS", (1.0, 2.0))
+    sound = dict(steps=40, train__sync_batchnorm=True)
+    report, found, said = run(ALL, tmp_path, **sound)
     assert report.is_sane, report.findings
     assert not [key for key in found if key[1] == "look"], found
     page = (tmp_path / "sanity.md").read_text()
@@ -50,19 +53,20 @@ def test_a_sound_config_raises_no_alarm_and_its_numbers_are_kept(tmp_path, monke
     # The same command makes nothing anew, not even after a kill between two checks.
     del record["parts"]["inputs"], record["findings"]
     (tmp_path / "sanity.json").write_text(json.dumps(record))
+    monkeypatch.setattr(bench, "make_initial_variables", lambda plan: (VARIABLES, None))
     monkeypatch.setattr(check.initial, "measure_loss", None)
     monkeypatch.setattr(check.trainings, "measure_rates", None)
-    again, _, said = run(ALL, tmp_path, steps=40)
+    again, _, said = run(ALL, tmp_path, **sound)
     assert again == report
     assert [line.partition(":")[0] for line in said[:1]] == ["inputs"]
     assert (tmp_path / "sanity.md").read_text() == page
     # Fewer checks: the report has those, and the folder keeps all.
-    fewer, _, _ = run(("loss",), tmp_path, steps=40)
+    fewer, _, _ = run(("loss",), tmp_path, **sound)
     assert {finding.check for finding in fewer.findings} == set(fewer.parts) == {"loss"}
     assert (tmp_path / "sanity.md").read_text() == page
     assert list(json.loads((tmp_path / "sanity.json").read_text())["parts"]) == list(ALL)
     # Another config is another matter.
-    _, _, said = run(("inputs",), tmp_path, steps=40, schedule__learning_rate=0.1)
+    _, _, said = run(("inputs",), tmp_path, **sound, schedule__learning_rate=0.1)
     assert "of another config" in said[0]
     assert list(json.loads((tmp_path / "sanity.json").read_text())["parts"]) == ["inputs"]
 
