@@ -11,6 +11,7 @@ python -m experiments.benchmark drop-path --model=cifar_resnet110
 python -m experiments.benchmark explain --model=resnet18
 python -m experiments.benchmark corruptions --model=cifar_resnet20
 python -m experiments.benchmark crops --model=cifar_resnet20
+python -m experiments.benchmark calls --model=lenet5 --steps=10
 python -m experiments.benchmark learn --models=lenet5
 python -m experiments.benchmark compiled --topology=h100 --device=cpu
 python -m experiments.benchmark gpu --out=gpu.csv
@@ -42,6 +43,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 
 from experiments.benchmarks import (
+    calls,
     compiled,
     convolutions,
     corruptions,
@@ -133,6 +135,12 @@ COMMANDS = {
     ),
     "crops": Command(
         "Evaluation on crops", crops.COLUMNS, crops.add_crop_flags, crops.measure_crops, 0.0
+    ),
+    "calls": Command(
+        "Several training steps in one call",
+        calls.COLUMNS,
+        calls.add_call_flags,
+        calls.measure_calls,
     ),
     "compiled": Command(
         "Compiled training step of ResNet-50 against plain Flax",

@@ -66,12 +66,31 @@ def train_batches(
         return batch_stream.TrainBatches(dataset, batch_size, start_step, process)
     if train.images is not None:
         assert train.labels is not None
-        return _gather_batches(train.images, train.labels, seed, start_step, batch_size, first, n)
+        rows = _yield_rows(len(train.images), seed, start_step, batch_size, first, n)
+        return _gather_batches(train.images, train.labels, rows)
     assert train.source is not None
     crop, start = tuple(config.augment.random_resized_crop), start_step * batch_size
     order = seed, start, batch_size, first, n
     stream = TrainStream(train.source, dataset.image_shape, crop, *order, config.skip_damaged)
     return _record_locations(_through_grain(stream, n, config), stream, dataset)
+
+
+def train_rows(
+    size: int,
+    config: Any,
+    *,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Generator[np.ndarray]:
+    """Yields the rows i32 [n] of a training set of `size` examples that `train_batches` gathers for
+    each batch, from batch `start_step` on and without end.
+
+    Raises UserError if `batch_size` is not a multiple of `process_count`.
+    """
+    n = _local_size("batch_size", config.batch_size, process_count)
+    return _yield_rows(size, seed, start_step, config.batch_size, process_index * n, n)
 
 
 def eval_batches(
@@ -135,19 +154,18 @@ def _local_size(name: str, batch_size: int, process_count: int) -> int:
 
 
 def _gather_batches(
-    images: np.ndarray | ArrayRows,
-    labels: np.ndarray,
-    seed: int,
-    step: int,
-    batch_size: int,
-    first: int,
-    n: int,
+    images: np.ndarray | ArrayRows, labels: np.ndarray, rows: Iterable[np.ndarray]
 ) -> Generator[Batch]:
-    size = len(images)
+    for batch in rows:
+        yield {"image": images[batch], "label": labels[batch]}
+
+
+def _yield_rows(
+    size: int, seed: int, step: int, batch_size: int, first: int, n: int
+) -> Generator[np.ndarray]:
     while True:
         start = step * batch_size + first
-        rows = [find_row(start + i, seed, size) for i in range(n)]
-        yield {"image": images[rows], "label": labels[rows]}
+        yield np.array([find_row(start + i, seed, size) for i in range(n)], np.int32)
         step += 1
 
 

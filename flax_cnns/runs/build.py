@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple, TypedDict
 
 import jax
+import numpy as np
 
 from flax_cnns import tree as pytree
 from flax_cnns.data import augment, mix, pipeline
@@ -30,7 +31,16 @@ from flax_cnns.runs.network import (
 )
 from flax_cnns.runs.own_parts import OpaqueObjects, OwnParts
 from flax_cnns.runtime import launch
-from flax_cnns.train import dropout, loop, losses, optimizers, parallel, precise_bn, steps
+from flax_cnns.train import (
+    dropout,
+    loop,
+    losses,
+    optimizers,
+    parallel,
+    precise_bn,
+    step_calls,
+    steps,
+)
 from flax_cnns.train.state import TrainState
 from flax_cnns.types import Array, PyTree
 
@@ -237,6 +247,26 @@ def train_batches(
         yield from map(components.shard, prepared)
 
 
+def train_calls(components: RunComponents, start: int, total: int) -> Generator[Any]:
+    """Yields what `make_train_call` takes for its calls, from step `start` to step `total`."""
+    config = components.config
+    train, k = components.dataset.splits["train"], config.train.steps_per_call
+    assert train.images is not None  # RunPlan refuses other data
+    assert train.labels is not None
+    rows = pipeline.train_rows(
+        len(train.images),
+        config.data,
+        seed=config.seed,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    sizes = (min(k, total - step) for step in range(start, total, k))
+    calls = (np.stack(list(itertools.islice(rows, size))) for size in sizes)
+    examples = train.images[:], train.labels[:]
+    return step_calls.yield_calls(*examples, calls, components.mesh, mode=components.mode)
+
+
 def find_dropout_rates(components: RunComponents, params: PyTree) -> dict[str, float]:
     """Returns {path of a module: rate} for `config.train.dropout`."""
     shape = (1, *components.dataset.image_shape)
@@ -247,9 +277,26 @@ def make_train_step(
     components: RunComponents, optimizer: optimizers.Optimizer, steps_per_epoch: float
 ) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
     """Returns the parallelized training step of the run."""
+    step = _make_step(components, optimizer, steps_per_epoch)
+    return parallel.parallelize(step, components.mesh, mode=components.mode)
+
+
+def make_train_call(
+    components: RunComponents, optimizer: optimizers.Optimizer, steps_per_epoch: float
+) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
+    """Returns the parallelized loop over `train.steps_per_call` training steps (step_calls.py)."""
+    call = step_calls.loop_steps(_make_step(components, optimizer, steps_per_epoch))
+    axes = step_calls.CALL_AXES
+    return parallel.parallelize(call, components.mesh, mode=components.mode, axes=axes)
+
+
+def _make_step(
+    components: RunComponents, optimizer: optimizers.Optimizer, steps_per_epoch: float
+) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
+    """Returns the training step of the run, as if there were one device."""
     config = components.config
     rates = find_dropout_rates(components, optimizer.trainable)
-    step = steps.make_train_step(
+    return steps.make_train_step(
         dropout.add_dropout(components.model.apply, rates, config.train.dropout_mode),
         optimizer,
         **make_augment_and_mix(components),
@@ -261,7 +308,6 @@ def make_train_step(
         metrics=components.own_parts.metrics,
         task=components.dataset.task,
     )
-    return parallel.parallelize(step, components.mesh, mode=config.train.parallel)
 
 
 def make_statistics_refresh(

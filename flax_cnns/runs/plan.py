@@ -5,6 +5,7 @@ Writes nothing and computes nothing, so that a sweep can check all its runs firs
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -26,7 +27,16 @@ from flax_cnns.runs.build import (
     make_augment_and_mix,
     make_train_step,
 )
-from flax_cnns.train import batchnorm_modes, loop, memory, metrics, optimizers, parallel, schedules
+from flax_cnns.train import (
+    batchnorm_modes,
+    loop,
+    memory,
+    metrics,
+    optimizers,
+    parallel,
+    schedules,
+    step_calls,
+)
 from flax_cnns.train.state import TrainState
 from flax_cnns.train.writer import import_wandb
 from flax_cnns.types import Array, PyTree
@@ -61,6 +71,7 @@ class RunPlan:
             evaluate=self.count_steps(config.train.eval_every, "train.eval_every"),
             save=self.count_steps(config.checkpoint.every, "checkpoint.every"),
         )
+        self._check_calls()
         if components.dataset.is_stream and config.train.evaluate_train:
             raise UserError(
                 f"train.evaluate_train: {components.dataset.name} gives training batches without"
@@ -115,6 +126,17 @@ class RunPlan:
         """The paths of the network's layers, in the order in which they run."""
         shape = (1, *self.components.dataset.image_shape)
         return [layer.path for layer in cost(self.components.model, shape, train=False).layers]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a new run says about its plan: that loops are slow on a CPU."""
+        n = self.config.train.steps_per_call
+        if n == 1 or self.components.mesh.devices.flat[0].platform != "cpu":
+            return []
+        return [
+            f"train.steps_per_call={n}: on a CPU, convolutions in a loop are slower than in single"
+            " steps (docs/accelerators.md); set it to 1 unless you test a run for an accelerator"
+        ]
 
     def make_optimizer(self, variables: PyTree) -> optimizers.Optimizer:
         """Makes the optimizer of the config for the network's variables."""
@@ -203,14 +225,17 @@ class RunPlan:
         state, train = self.make_abstract_state(), components.dataset.splits["train"]
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         step = make_train_step(components, self.make_optimizer(variables), self.steps_per_epoch)
-        n, devices = self.config.data.batch_size, components.mesh.devices.size
-        first = (devices, n // devices) if components.mode == "pmap" else (n,)
         images = np.uint8 if train.images is None else train.images.dtype
         labels = np.zeros(1, np.int32) if train.labels is None else train.labels
-        batch = {
-            "image": jax.ShapeDtypeStruct((*first, *components.dataset.image_shape), images),
-            "label": jax.ShapeDtypeStruct((*first, *labels.shape[1:]), labels.dtype),
-        }
+        batch = parallel.describe_batch(
+            {
+                "image": (components.dataset.image_shape, images),
+                "label": (labels.shape[1:], labels.dtype),
+            },
+            self.config.data.batch_size,
+            components.mesh,
+            components.mode,
+        )
         jax.eval_shape(step, state, batch, jax.random.key(0))
 
     def check_memory(self, train_step: Callable, state: TrainState, batch: Any, key: Any) -> None:
@@ -231,23 +256,27 @@ class RunPlan:
             pieces = jax.process_count() * self.config.train.accumulate
             need += 4 * patches * data.batch_size / pieces
         memory.check_fits(need, what=f"data.batch_size={data.batch_size}")
-        size, axis = data.eval_batch_size, 1 if components.mode == "pmap" else 0
+        size = data.eval_batch_size
         if memory.fits(need * size / data.batch_size):
             return  # evaluation has no backward pass, so it needs less than training
-
-        def resize(x: Array, dtype: Any, rank: int | None = None) -> jax.ShapeDtypeStruct:
-            dims = list(x.shape[:rank])
-            dims[axis] = dims[axis] * size // data.batch_size
-            return jax.ShapeDtypeStruct(dims, dtype, sharding=x.sharding)
-
         images = components.dataset.splits["train"].images
         is_uint8 = images is None and not components.dataset.is_stream
-        image_dtype = np.uint8 if is_uint8 else getattr(images, "dtype", np.float32)
-        shapes = {
-            "image": resize(batch["image"], image_dtype),
-            "label": resize(batch["label"], batch["label"].dtype),
-            "mask": resize(batch["label"], np.float32, axis + 1),
-        }
+        # Everywhere but in a call, the rows of a batch come after its axes of devices and examples.
+        first = 2 if components.mode == "pmap" and "rows" not in batch else 1
+        label = batch["label"]
+        shapes = parallel.describe_batch(
+            {
+                "image": (
+                    components.dataset.image_shape,
+                    np.uint8 if is_uint8 else getattr(images, "dtype", np.float32),
+                ),
+                "label": (label.shape[first:], label.dtype),
+                "mask": ((), np.float32),
+            },
+            size,
+            components.mesh,
+            components.mode,
+        )
         need = memory.needed(components.eval_step, state.variables, shapes, None) * len(devices)
         memory.check_fits(need, what=f"data.eval_batch_size={size}")
 
@@ -264,6 +293,25 @@ class RunPlan:
             size = data[field] // jax.process_count()
             what = f"data.{field}={data[field]}"
             memory.check_fits(batches_ahead * size * image_bytes, what=what)
+
+    def _check_calls(self) -> None:
+        """Raises UserError if `train.steps_per_call` does not suit the data or the periods."""
+        n, train = self.config.train.steps_per_call, self.components.dataset.splits["train"]
+        if n == 1:
+            return
+        if train.images is None or self.config.data.augment.where == "loader":
+            problem = (
+                "the host augments the images (data.augment.where='loader')"
+                if train.images is not None
+                else f"{self.components.dataset.name} is not in memory"
+            )
+            raise UserError(
+                f"train.steps_per_call={n}: the images of all steps must be on the devices, but"
+                f" {problem}; set train.steps_per_call=1"
+            )
+        names = {"log": "log.every", "evaluate": "train.eval_every", "save": "checkpoint.every"}
+        periods = {names[key]: steps for key, steps in dataclasses.asdict(self.periods).items()}
+        step_calls.check_periods(n, periods)
 
 
 # For each metric that a run logs by itself: whether the highest or the lowest value is the best.

@@ -32,8 +32,14 @@ def find_folder(workdir: Path, window: StepWindow) -> Path:
     return workdir / FOLDER / f"{window.first}-{window.last}"
 
 
-def check_window(window: StepWindow, total_steps: int) -> None:
-    """Raises UserError if the window ends after the run."""
+def check_window(window: StepWindow, total_steps: int, steps_per_call: int = 1) -> None:
+    """Raises UserError if the window ends after the run, or if a call takes several steps."""
+    if steps_per_call > 1:
+        raise UserError(
+            f"--profile={window}: with train.steps_per_call={steps_per_call}, one call takes many"
+            " steps, which have no parts of their own; profile with"
+            " --config.train.steps_per_call=1 in another --workdir"
+        )
     if window.last > total_steps:
         raise UserError(
             f"--profile={window}: the run has only {total_steps} steps; choose steps from 1 to"

@@ -28,9 +28,11 @@ from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.build import (
     host_batches,
     make_statistics_refresh,
+    make_train_call,
     make_train_step,
     make_training_key,
     train_batches,
+    train_calls,
 )
 from flax_cnns.runs.plan import BEST_MODES, RunPlan
 from flax_cnns.runs.start import make_initial_state
@@ -245,7 +247,9 @@ class Session:
         """Trains from step `start` to the end or to a signal."""
         components, config = self.components, self.config
         optimizer = self.plan.make_optimizer(state.variables)
-        train_step = make_train_step(components, optimizer, self.plan.steps_per_epoch)
+        steps_per_call, total = config.train.steps_per_call, self.plan.total_steps
+        make = make_train_step if steps_per_call == 1 else make_train_call
+        train_step = make(components, optimizer, self.plan.steps_per_epoch)
         on_validation = None
         if config.schedule.name == "plateau":
 
@@ -270,11 +274,14 @@ class Session:
             should_stop = self.signals.is_asked_to_stop
             return summarize(components.evaluate(state.variables, "validation", should_stop))
 
-        with contextlib.closing(
-            loop.prefetch(train_batches(components, start, self.batches))
-        ) as batches:
+        feed = (
+            train_batches(components, start, self.batches)
+            if steps_per_call == 1
+            else train_calls(components, start, total)
+        )
+        with contextlib.closing(loop.prefetch(feed)) as batches:
             stream: Iterator[Any] = batches
-            if start < self.plan.total_steps:
+            if start < total:
                 first = next(batches)
                 self.plan.check_memory(train_step, state, first, key)
                 stream = itertools.chain([first], batches)
@@ -295,7 +302,7 @@ class Session:
                 train_step,
                 stream,
                 key,
-                stop=self.plan.total_steps,
+                stop=total,
                 periods=self.plan.periods,
                 host=host,
                 callbacks=callbacks,
@@ -305,6 +312,7 @@ class Session:
                 early_stopping=config.train.early_stopping,
                 best_by=self.plan.best_by,
                 best_mode=self.plan.best_mode,
+                steps_per_call=steps_per_call,
                 profiler=self.profiler,
             ).run(state, start)
 

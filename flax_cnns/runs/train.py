@@ -156,7 +156,7 @@ def run(
         source_notes = check_own_parts(workdir, record, begun=begun)
         plan = RunPlan(components)
         if window is not None:
-            profiles.check_window(window, plan.total_steps)
+            profiles.check_window(window, plan.total_steps, config.train.steps_per_call)
         problems += plan.find_problems()
         if not begun:
             configs.raise_problems(problems)
@@ -166,7 +166,7 @@ def run(
                 print(configs.format_note(workdir, problems))
             if change:
                 workdirs.record_accepted_change(workdir, change)
-            for line in (*components.own_parts.notes, *source_notes):
+            for line in (*components.own_parts.notes, *source_notes, *plan.notes):
                 print(f"note: {line}")
             files.write_json(workdir / "config.json", resolved)
             if record:

@@ -9,13 +9,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from flax_cnns.errors import Diverged, Interrupted
 from flax_cnns.train import metrics
 from flax_cnns.train.profiler import StepProfiler
+from flax_cnns.train.step_calls import split_sums
 from flax_cnns.types import Array, PyTree
 
 
@@ -180,11 +181,21 @@ def _describe(window: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return record
 
 
+class _Call(NamedTuple):
+    """A call of the training step whose metrics are not fetched yet."""
+
+    step: int  # the last
+    n: int  # its number of steps
+    sums: dict[str, Any]  # on the devices
+    logging: bool  # whether it ends a window of the log
+
+
 @dataclasses.dataclass
 class TrainLoop:
     """The training loop of one session.
 
-    - `train_step(state, batch, key)` returns (state, sums).
+    - `train_step(state, batch, key)` returns (state, sums): of one step, or of up to
+      `steps_per_call` steps, [steps ...]. All that the loop does else comes between two calls.
     - `batches` are already on the devices.
     - `stop` is the run's last step.
     - `host` is updated while the loop runs.
@@ -212,6 +223,7 @@ class TrainLoop:
     early_stopping: int = 0
     best_by: str = "accuracy"
     best_mode: str = "max"  # or "min"
+    steps_per_call: int = 1
     profiler: StepProfiler | None = None
 
     def run(self, state: PyTree, start: int) -> TrainOutcome:
@@ -219,8 +231,7 @@ class TrainLoop:
 
         Raises `Diverged` after `max_bad_steps` bad steps in a row.
         """
-        # Steps whose metrics are not fetched yet: (step, sums, whether the step ends a log window)
-        self._late: collections.deque[tuple[int, dict[str, Any], bool]] = collections.deque()
+        self._late: collections.deque[_Call] = collections.deque()
         self._pace, self._stopwatch = _Pace(self.batch_size), Stopwatch()
         self._outcome = outcome = TrainOutcome(state, start)
         continues = not self.host.stopped
@@ -236,8 +247,9 @@ class TrainLoop:
         return outcome
 
     def _take_step(self) -> bool:
-        """Takes a step, then validates and saves if due. Returns whether the run continues."""
+        """Takes the steps of a call, validates and saves if due. Returns whether to go on."""
         outcome, call = self._outcome, self.callbacks
+        n = min(self.steps_per_call, self.stop - outcome.step)
         profiler = self._begin_profiling(outcome.step + 1)
         batch = next(self.batches)
         if profiler is not None:
@@ -247,18 +259,18 @@ class TrainLoop:
             profiler.mark("dispatch")
             jax.block_until_ready((outcome.state, sums))
             profiler.mark("compute")
-        outcome.step += 1
+        outcome.step += n
         step, last = outcome.step, outcome.step == self.stop
-        self._late.append((step, {**sums, "steps": 1.0}, self._is_time(self.periods.log)))
+        self._late.append(_Call(step, n, sums, self._is_time(self.periods.log)))
         if outcome.seconds_to_first_step is None:
-            self._time_first_step(sums)
+            self._time_first_step(sums, n)
         call.tick(step)
         if len(self._late) > 1:
             self._absorb()
         stopping = call.should_stop(step)
         if profiler is not None:
             profiler.end_step()
-            self._pace.restart(-len(self._late))  # profiled steps do not count
+            self._pace.restart(-sum(late.n for late in self._late))  # profiled steps do not count
         validating, saving = self._is_time(self.periods.evaluate), self._is_time(self.periods.save)
         if not (validating or saving or stopping):
             return True
@@ -330,12 +342,20 @@ class TrainLoop:
         return record, better
 
     def _absorb(self) -> None:
-        """Fetches the metrics of the oldest pending step. If the step ends a window, logs it."""
+        """Fetches the metrics of the oldest pending call. If it ends a window, logs it."""
+        late = self._late.popleft()
+        each = split_sums(late.sums, late.n, self.steps_per_call)
+        self._pace.new += late.n
+        for step, values in enumerate(each, late.step - late.n + 1):
+            self._add_step(step, values)
+        if late.logging:
+            self._log(late.step)
+
+    def _add_step(self, step: int, values: dict[str, Any]) -> None:
+        """Adds the sums of a step to the window. Raises `Diverged`."""
         host = self.host
-        step, sums, logging = self._late.popleft()
-        values = jax.device_get(sums)
-        self._pace.new += 1
         rate = float(values.pop("rate"))
+        values["steps"] = 1.0
         host.window = metrics.add_sums(host.window, values) | {"rate": rate}
         bad = int(values["bad"])
         host.bad_steps += bad
@@ -348,8 +368,6 @@ class TrainLoop:
                 " were not finite, and these steps were discarded. Lower schedule.learning_rate"
                 f" ({rate:g} now), warm up longer, or set optimizer.clip_norm, in another --workdir"
             )
-        if logging:
-            self._log(step)
 
     def _log(self, step: int) -> None:
         """Logs the window that ends with this step, and starts a new one."""
@@ -364,12 +382,12 @@ class TrainLoop:
         self.host.seconds += self._stopwatch.lap()
         self.callbacks.save(outcome.step, outcome.state, dataclasses.asdict(self.host), record)
 
-    def _time_first_step(self, sums: dict[str, Array]) -> None:
+    def _time_first_step(self, sums: dict[str, Array], n: int) -> None:
         outcome = self._outcome
         jax.block_until_ready(sums)
         outcome.seconds_to_first_step = time.perf_counter() - self.began
         self.callbacks.write(outcome.step, {"time/first_step": outcome.seconds_to_first_step})
-        self._pace.restart(-1)  # excludes the compilation
+        self._pace.restart(-n)  # excludes the compilation
 
     def _is_time(self, period: int) -> bool:
         """Whether an event with this period is due at this step; at the last step it always is."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -50,19 +51,26 @@ def parallelize(
     axis_name: str = "batch",
     mode: str = "shard_map",
     donate: bool = True,
+    axes: Mapping[str, int | None] | int = 0,
 ) -> Callable:
     """Maps `step(state, batch, key)` over all devices.
 
     State and key are replicated, and the batch is split. The mapped step takes a batch from
     `shard_batch(batch, mesh, mode)`, [N ...] or for pmap [devices N/devices ...], and a state from
     `replicate(state, mesh)`. `donate` donates the state's buffers; set False for evaluation.
+    `axes`: which axis of the batch's arrays is split, one for all or by name; None: replicated.
     """
     donated = (0,) if donate else ()
     if mode == "pmap":
         mapped = jax.pmap(
             step,
             axis_name,
-            in_axes=(None, 0, None),
+            # Split arrays have a first axis of devices, whichever axis it was taken from.
+            in_axes=(
+                None,
+                jax.tree.map(lambda axis: None if axis is None else 0, axes, is_leaf=_is_none),
+                None,
+            ),
             out_axes=None,
             devices=list(mesh.devices.flat),
             donate_argnums=donated,
@@ -73,7 +81,11 @@ def parallelize(
         # the next call nor saved. This makes them global again, without a copy.
         return lambda state, batch, key: replicate(mapped(state, batch, key), mesh)
     step = jax.shard_map(
-        step, mesh=mesh, in_specs=(P(), P(axis_name), P()), out_specs=P(), check_vma=False
+        step,
+        mesh=mesh,
+        in_specs=(P(), jax.tree.map(partial(_make_spec, axis_name), axes, is_leaf=_is_none), P()),
+        out_specs=P(),
+        check_vma=False,
     )  # check_vma=False, as in pmap: the step itself averages over the devices by pmean
     return jax.jit(step, donate_argnums=donated)
 
@@ -97,17 +109,50 @@ def check_batch(size: int, mesh: Mesh, *, what: str) -> None:
         )
 
 
-def shard_batch(batch: Batch, mesh: Mesh, mode: str = "shard_map") -> Batch:
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _make_spec(axis_name: str, axis: int | None) -> P:
+    """Returns the specification of an array that is split along an axis; None: replicated."""
+    return P() if axis is None else P(*[None] * axis, axis_name)
+
+
+def shard_batch(batch: Batch, mesh: Mesh, mode: str = "shard_map", axis: int = 0) -> Batch:
     """Makes the global batch [N ...] from this process's rows [n ...].
 
-    For pmap, makes [devices n/devices ...]. Returns while the copies to the devices are still in
-    progress.
+    For pmap, makes [devices n/devices ...]. `axis`: that of the rows, if it is not the first.
+    Returns while the copies to the devices are still in progress.
     """
-    axis = P(mesh.axis_names[0])
+    name = mesh.axis_names[0]
     if mode == "pmap":
         mine = np.asarray(local_devices(mesh))
-        sharding = NamedSharding(Mesh(mine, mesh.axis_names), axis)
-        pieces = {k: v.reshape(mine.size, -1, *v.shape[1:]) for k, v in batch.items()}
+        sharding = NamedSharding(Mesh(mine, mesh.axis_names), P(name))
+        pieces = {
+            k: np.moveaxis(v.reshape(*v.shape[:axis], mine.size, -1, *v.shape[axis + 1 :]), axis, 0)
+            for k, v in batch.items()
+        }
         return jax.device_put(pieces, sharding)
-    sharding = NamedSharding(mesh, axis)
+    sharding = NamedSharding(mesh, _make_spec(name, axis))
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def describe_batch(
+    arrays: Mapping[str, tuple[tuple[int, ...], Any]],
+    size: int,
+    mesh: Mesh,
+    mode: str = "shard_map",
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of the global batch of `size` examples that `shard_batch` would make.
+
+    arrays: for each array its shape without the axis of examples, and its dtype.
+    """
+    first: tuple[int, ...] = (size,)
+    if mode == "pmap":
+        mine = np.asarray(local_devices(mesh))
+        first, mesh = (mine.size, size // mesh.devices.size), Mesh(mine, mesh.axis_names)
+    sharding = NamedSharding(mesh, P(mesh.axis_names[0]))
+    return {
+        name: jax.ShapeDtypeStruct((*first, *shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in arrays.items()
+    }

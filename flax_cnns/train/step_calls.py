@@ -1,0 +1,86 @@
+"""Several training steps in one call: a compiled loop over examples that stay on the devices.
+
+One call costs Python and the runtime once, whatever the number of its steps. Small networks on an
+accelerator gain most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from flax_cnns.errors import UserError
+from flax_cnns.train import parallel
+from flax_cnns.train.state import TrainState
+from flax_cnns.types import Array, Batch
+
+# The axis of each array of a call that is split over the devices; None: replicated.
+CALL_AXES = {"image": None, "label": None, "rows": 1}
+
+
+def loop_steps(step: Callable) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Any]]:
+    """Returns `call(state, batch, key) -> (state, sums)`, which takes K training steps in a loop.
+
+    `step` is that of `steps.make_train_step`. batch: {"image" [N H W C] and "label" [N ...]: all
+    training examples; "rows" i32 [K n]: the examples of each step on this device}. The sums have a
+    new first axis [K].
+    """
+
+    def call(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Any]:
+        def take(state: TrainState, rows: Array) -> tuple[TrainState, Any]:
+            examples = {name: batch[name][rows] for name in ("image", "label")}
+            return step(state, examples, key)
+
+        return lax.scan(take, state, batch["rows"])
+
+    return call
+
+
+def yield_calls(
+    images: np.ndarray,
+    labels: np.ndarray,
+    rows: Iterable[np.ndarray],
+    mesh: Mesh,
+    *,
+    mode: str = "shard_map",
+) -> Generator[Batch]:
+    """Yields the batches of calls. The examples are put on each device once.
+
+    rows: i32 [K n] for each call, n rows of this process for each of its K steps.
+    """
+    examples = parallel.replicate({"image": images, "label": labels}, mesh)
+    for call in rows:
+        yield examples | parallel.shard_batch({"rows": call}, mesh, mode, axis=1)
+
+
+def check_periods(steps_per_call: int, periods: dict[str, int]) -> None:
+    """Raises `UserError` unless each period, in steps by its field, is a multiple of the steps.
+
+    The message names the nearest number of steps that divides all periods. Periods of 0 are never.
+    """
+    lengths = [period for period in periods.values() if period]
+    bad = [f"{name} ({n} steps)" for name, n in periods.items() if n % steps_per_call]
+    if not bad:
+        return
+    common = math.gcd(*lengths)
+    divisors = [k for k in range(1, common + 1) if common % k == 0]
+    nearest = min(divisors, key=lambda k: (abs(k - steps_per_call), k))
+    raise UserError(
+        f"train.steps_per_call={steps_per_call}: a run logs, validates and saves between two calls,"
+        f" and {steps_per_call} does not divide {', '.join(bad)}; set"
+        f" train.steps_per_call={nearest}, or these periods to multiples of {steps_per_call} steps"
+    )
+
+
+def split_sums(sums: dict[str, Any], n: int, steps_per_call: int) -> list[dict[str, Any]]:
+    """Returns the sums of each of the n steps of a call, fetched to the host."""
+    values = jax.device_get(sums)
+    if steps_per_call == 1:
+        return [values]
+    return [{name: value[i] for name, value in values.items()} for i in range(n)]
