@@ -98,6 +98,11 @@ def scale(spread: Spread, factor: float, unit: str = "") -> tuple[float, str, fl
     return median, unit, low, high
 
 
+def to_gib(size: int | None) -> float | str:
+    """Returns bytes as GiB with five digits; "" if they are not known."""
+    return "" if size is None else float(f"{size / 2**30:.5g}")
+
+
 def count_step_flops(trainee: Trainee) -> int:
     """Returns the FLOPs of the convolutions and matrix products of a training step."""
     return count_flops(trainee.trace().jaxpr, jax.devices()[0].platform)
@@ -220,13 +225,12 @@ def _compare_memory(compiled: Any, step: Callable[[], Any]) -> list[Measure]:
     for _ in range(3):
         jax.block_until_ready(step())
     peak = device.peak_memory(one)
-    gib = 2**30
-    rows = [Measure("bound: the compiler's plan", round(plan / gib, 4) if plan else "", "GiB")]
+    rows = [Measure("bound: the compiler's plan", to_gib(plan), "GiB")]
     if peak is None or before is None:
         return [*rows, Measure("peak", "", "GiB", note=f"a {one.platform} does not report it")]
     # The search for the fastest kernels, while the step compiles, allocates memory too.
-    rows.append(Measure("peak before the first step", round(before / gib, 4), "GiB"))
-    rows.append(Measure("peak", round(peak / gib, 4), "GiB"))
+    rows.append(Measure("peak before the first step", to_gib(before), "GiB"))
+    rows.append(Measure("peak", to_gib(peak), "GiB"))
     if plan:
         rows.append(Measure("peak / bound", round(peak / plan, 4)))
     return rows
@@ -274,7 +278,7 @@ def measure_network(name: str, settings: GpuSettings) -> list[Measure]:
         *(row._replace(note=row.note or f"batch {batch}, {pixels} pixels") for row in rows),
         Measure("inference: speed", *scale(speeds, 1, "images/s")),
         Measure("loss of the first step", round(loss, 4)),
-        Measure("the compiler's plan", round(plan / 2**30, 4) if plan else "", "GiB"),
+        Measure("the compiler's plan", to_gib(plan), "GiB"),
         Measure("trace and compile", round(traced + seconds, 1), "s"),
     ]
 

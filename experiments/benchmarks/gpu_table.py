@@ -148,11 +148,14 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def lock(path: Path) -> int:
-    """Locks a table until this process ends. Raises `UserError` if another process has it."""
+    """Locks a table by the file `path` beside it, until this process ends.
+
+    Raises `UserError` if another process has it.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        raise UserError(f"--out: another process writes {path}") from None
+        raise UserError(f"--out: another process writes the table of {path}") from None
     return descriptor
