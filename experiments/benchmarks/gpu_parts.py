@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 
@@ -101,20 +101,23 @@ def _measure_convolution(shape: ConvShape, settings: GpuSettings) -> list[Measur
 def _make_drop_path_cases(settings: GpuSettings, table: ResultTable) -> Cases:
     measure = partial(_measure_drop_path, settings)
     if settings.smoke:
-        return {"cifar_resnet20": partial(measure, "cifar_resnet20", 8, scan=True)}
+        small = dict(depths=(2,), widths=(4,))
+        return {"cifar_resnet20": partial(measure, "cifar_resnet20", 8, scan=False, **small)}
     return {
         "resnet50": partial(measure, "resnet50", settings.size, scan=False),
         "cifar_resnet110": partial(measure, "cifar_resnet110", 32, scan=True),
     }
 
 
-def _measure_drop_path(settings: GpuSettings, name: str, size: int, *, scan: bool) -> list[Measure]:
+def _measure_drop_path(
+    settings: GpuSettings, name: str, size: int, *, scan: bool, **fields: Any
+) -> list[Measure]:
     """Runs `benchmark drop-path` at rate 0.5."""
     report = BenchmarkReport("", savings.DROP_COLUMNS, None)
     args = argparse.Namespace(model=name, rates=[0.5], batch=settings.batch, size=size, scan=scan)
     args.dtype, args.steps = gpu_steps.DTYPE, 2 if settings.smoke else 10
     vars(args).update(settings.timing)
-    savings.measure_drop_path(args, report)
+    savings.measure_drop_path(args, report, **fields)
     rows = []
     for row in report.rows:
         label = f"rate {row['drop_path']:g}, {row['mode']}"

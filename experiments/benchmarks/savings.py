@@ -121,20 +121,20 @@ def add_drop_path_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def measure_drop_path(args: argparse.Namespace, report: BenchmarkReport) -> None:
+def measure_drop_path(args: argparse.Namespace, report: BenchmarkReport, **fields: Any) -> None:
     """Times training steps at several rates of stochastic depth.
 
     With decisions per batch, dropped branches are not computed. For comparison, one case decides
     per image, at the middle rate, and computes all branches. Every step drops other branches, so a
-    time is the average over --steps steps.
+    time is the average over --steps steps. `fields` are those of the network.
     """
-    scan_field = {"scan": True} if args.scan else {}
+    fields |= {"scan": True} if args.scan else {}
     middle = args.rates[len(args.rates) // 2]
     cases = [("batch", 0.0), *(("batch", rate) for rate in args.rates), ("sample", middle)]
     runs = {}
     for mode, rate in cases:
         report.print_line(f"drop_path={rate} {mode}: compiling")
-        model = make_network(args.model, args, drop_path=rate, drop_path_mode=mode, **scan_field)
+        model = make_network(args.model, args, drop_path=rate, drop_path_mode=mode, **fields)
         train = Trainee(model, args.batch).make_train_call()
 
         def take_steps(train: Callable = train) -> Any:
