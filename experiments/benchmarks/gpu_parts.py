@@ -173,7 +173,7 @@ PARTS = {
     "convolutions": Part("Depthwise and grouped convolutions", _make_convolution_cases, 15),
     "drop-path": Part("What stochastic depth saves", _make_drop_path_cases, 180),
     "deterministic": Part(
-        f"The cost of {DETERMINISTIC_FLAG}", _make_deterministic_cases, 50, alone=True
+        "Deterministic kernels: cost, equal bits", _make_deterministic_cases, 50, alone=True
     ),
     "families": Part("A network of each family", _make_family_cases, 45),
 }
