@@ -29,7 +29,8 @@ CHECKS = {
     "compiled_all_reduces": f"at most two per synchronized norm, and {STEP_ALL_REDUCES} in all",
 }
 # Modules that compute in float32 on purpose: the classifier head and auxiliary heads.
-FLOAT32_MODULES = r"(?:.*/)?(?:aux\w*/.*|(?:head|logits|classifier)\w*(?:/.*)?)"
+# MobileNetV3's hidden layer comes after the pooling, and is part of its head.
+FLOAT32_MODULES = r"(?:.*/)?(?:aux\w*/.*|(?:head|logits|classifier|hidden_layer)\w*(?:/.*)?)"
 _OUR_CONVOLUTIONS = ("conv2d", "conv2d_input_grad", "conv2d_kernel_grad")
 _WIDE = ("f32", "f64")
 _PRODUCTS = ("convolution", "dot_general", "dot")
@@ -77,6 +78,7 @@ class _Operation(NamedTuple):
 _LINE = re.compile(r'^(\s*)(?:%[\w:#]+(?:, %\w+)* = )?"?(?:stablehlo|chlo|mhlo)\.(\w+)"?')
 _LOCATION = re.compile(r"loc\((.*)\)\s*$")
 _TYPES = re.compile(r": \(([^()]*)\) -> [^:]*$")
+_ALGORITHM = re.compile(r"lhs_precision_type = (\w+), rhs_precision_type = (\w+)")
 _TENSOR = re.compile(r"tensor<(?:[\d?]+x)*(\w+)")
 
 
@@ -97,6 +99,8 @@ def _read_operations(text: str) -> Iterator[_Operation]:
         place = _LOCATION.search(line)
         types = _TYPES.search(line.partition(" loc(")[0])
         inputs = tuple(_TENSOR.findall(types[1])) if types else ()
+        if algorithm := _ALGORITHM.search(first):  # which rounds the inputs first
+            inputs = algorithm.groups()
         yield _Operation(kind, first, inputs, _find_name(place[1], names) if place else "")
 
 
@@ -260,6 +264,8 @@ def check_compiled(
         is_product = opcode in _PRODUCTS or (target and re.match(_LIBRARY_PRODUCTS, target[1]))
         if is_product:
             kinds = [_find_type(operand, shapes) for operand in operands.split(", ")][:2]
+            if algorithm := re.search(r"algorithm=dot_([a-z]+\d+)_([a-z]+\d+)_", line):
+                kinds = list(algorithm.groups())
             if any(kind in _WIDE for kind in kinds):
                 kind = target[1] if target else opcode
                 findings += _judge_product("compiled_products", kind, kinds, label, float32_modules)

@@ -151,6 +151,21 @@ def test_a_state_of_another_type_is_named():
     assert finding == Finding("one_trace", "takes int32[], returns ~float32[]", "state[0]")
 
 
+def test_a_product_that_rounds_its_inputs_is_no_float32_product():
+    """JAX's attention: the gradient of a bfloat16 product with a float32 result."""
+
+    def loss(q):
+        return jax.nn.dot_product_attention(q, q, q).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss)).trace(jax.ShapeDtypeStruct((2, 4, 1, 8), jnp.bfloat16))
+    text = lower(traced)
+    assert "xf32>, tensor<2x4x1x8xbf16>) ->" in text
+    assert audit.check_lowered(text) == []
+    compiled = COMPILED.replace("dot(%i, %q)", "dot(%i, %q), algorithm=dot_bf16_bf16_f32")
+    (finding,) = [one for one in audit.check_compiled(compiled) if "products" in one.check]
+    assert finding.where == "stage1/conv"  # cuDNN's
+
+
 # ---- compiled programs
 
 COMPILED = """HloModule step, input_output_alias={ {0}: (0, {}, may-alias) }, entry={}
