@@ -99,8 +99,8 @@ def choose_taps(
     """Max pooling for an NVIDIA GPU; the arguments are those of `compare_taps`.
 
     The gradient of XLA's own writes four index arrays in int32 and a padded image, and scatters.
-    Here, one int8 per window says which pixel is the largest, and the gradient is one kernel. For
-    the pooling of ResNet-50, a third of the bytes move (experiments/results/accelerators.md).
+    Here, one int8 per window says which pixel is the largest, and the gradient is one kernel
+    (experiments/results/accelerators.md).
     """
     pads = [
         (p, max((m - 1) * stride + window - n - p, 0), 0)
