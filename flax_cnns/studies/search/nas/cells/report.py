@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -81,13 +82,13 @@ def write_markdown(comparison: SearcherComparison) -> str:
         "|---|---:|---:|---:|---|",
     ]
     for row in rows:
-        cells = [row["searcher"], f"{row['regret']:.2f} ({row['low']:.2f} to {row['high']:.2f})"]
+        cells = [row["searcher"], _format_interval(row["regret"], row["low"], row["high"])]
         if row["searcher"] == BASELINE:
             cells += ["", "", ""]
         else:
-            ends = f"({row['difference_low']:.2f} to {row['difference_high']:.2f})"
+            ends = row["difference_low"], row["difference_high"]
             cells += [
-                f"{row['difference']:.2f} {ends}",
+                _format_interval(row["difference"], *ends),
                 statistics.format_p(row["p"]),
                 row["verdict"],
             ]
@@ -181,3 +182,8 @@ def draw_cell(cell: str, path: Path) -> None:
     axes.set(xlim=(-0.4, 3.4), ylim=(-0.95, 1.15))
     axes.axis("off")
     style.save_picture(figure, path)
+
+
+def _format_interval(mean: float, low: float, high: float) -> str:
+    """Formats "1.20 (0.70 to 1.70)"; without the ends if they are unknown, as of one seed."""
+    return f"{mean:.2f} ({low:.2f} to {high:.2f})" if math.isfinite(low) else f"{mean:.2f}"

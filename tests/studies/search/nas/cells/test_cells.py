@@ -313,6 +313,12 @@ def test_summary_and_report(small_table, tmp_path, monkeypatch):
         regret.compare_searchers(small_table, tmp_path, **arguments | {"evaluations": 730})
 
 
+def test_an_interval_that_is_unknown_is_not_printed():
+    nan = float("nan")
+    assert report._format_interval(0.0, nan, nan) == "0.00"
+    assert report._format_interval(1.2, 0.7, 1.7) == "1.20 (0.70 to 1.70)"
+
+
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
     [
