@@ -235,12 +235,13 @@ def find_fit(
 def find_second_point(prober: Prober, wanted: int) -> None:
     """Compiles what is missing for a line, after `wanted` images per device were compiled.
 
-    The second batch is half of what the first one suggests to fit. A line through two small batches
+    The second batch is half of what the first one suggests to fit; if this is near the first one, it
+    is twice or half of the first. A line through two small batches
     says little about a large one: a TPU keeps the activations of few images on the chip. A third
     batch is compiled if less than two are `calm`.
 
-    Only the memory of these batches is used, so their compilation is quick; but not of a batch near
-    the first one, where a small difference would turn the line.
+    Only the memory of these batches is used, so their compilation is quick, except near the first
+    one, where a small difference would turn the line.
     """
     unit, memory = prober.step.unit, prober.target.memory
 
@@ -257,8 +258,9 @@ def find_second_point(prober: Prober, wanted: int) -> None:
         return
     guess = images * memory / prober.measure(images)
     second = round_down(guess / 2)
-    if second == images:
-        second = max(unit, images // 2 // unit * unit) if images > unit else 2 * unit
+    if images / 2 < second < 2 * images:
+        is_small = images == unit or 2 * images <= CALM * guess
+        second = 2 * images if is_small else round_down(images / 2)
 
     def compile(other: int) -> None:
         prober.compile(other, quick=other >= 2 * images or other <= images / 2)

@@ -207,7 +207,7 @@ def test_a_line_is_found_from_two_batches(monkeypatch, unit, batch, refuses):
     assert len(compiler.compiled) == (2 if batch <= 8 * 102 else 3)
 
 
-@pytest.mark.parametrize(("batch", "quick"), [(48, [53]), (8 * 102, []), (8 * 6000, [])])
+@pytest.mark.parametrize(("batch", "quick"), [(48, [53]), (8 * 80, [160]), (8 * 6000, [86])])
 def test_a_batch_far_from_the_configs_is_compiled_quickly(monkeypatch, batch, quick):
     """The numbers that are shown are those of a complete compilation."""
     compiler = Compiler(0.5 * GIB, 65 * MIB)
