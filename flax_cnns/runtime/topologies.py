@@ -236,11 +236,13 @@ def make_devices(target: CompileTarget) -> list[Any]:
     """Returns the target's compile-only devices.
 
     Call it before JAX's first operation: it keeps JAX on the CPU, so that an accelerator of this
-    machine stays free. Raises `UserError` as `check_compiler`, and if another process uses libtpu.
+    machine stays free. Raises `UserError` as `check_compiler`, and if another process uses libtpu
+    alone (ALLOW_MULTIPLE_LIBTPU_LOAD=0).
     """
     check_compiler(target)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # would ask Google Cloud about this machine
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compilers share no device
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # silences a warning only
     import jax
     from jax.experimental import topologies
@@ -264,8 +266,8 @@ def make_devices(target: CompileTarget) -> list[Any]:
         if "lockfile" in str(error) or "already in use" in str(error):
             raise UserError(
                 f"--topology={target.name}: another process uses libtpu, which allows one at a"
-                " time; wait for it to end, and start the command again (if there is none, remove"
-                " /tmp/libtpu_lockfile)"
+                " time; unset ALLOW_MULTIPLE_LIBTPU_LOAD, or wait for that process to end (if there"
+                " is none, remove /tmp/libtpu_lockfile)"
             ) from None
         raise
     assert len(devices) == target.devices, (target, devices)

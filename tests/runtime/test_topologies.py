@@ -119,7 +119,8 @@ def test_one_process_at_a_time_uses_libtpu(monkeypatch):
 
     monkeypatch.setattr(jax.experimental.topologies, "get_topology_desc", refuse)
     monkeypatch.setattr(topologies, "check_compiler", lambda target: "libtpu 0.0.42.1")
-    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
+    set_here = ("SKIP_MDS_QUERY", "WORKER_HOSTNAMES", "ACCELERATOR_TYPE")
+    for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD", *(f"TPU_{name}" for name in set_here)):
         monkeypatch.setenv(name, "1")  # taken back after the test
     with pytest.raises(UserError, match="another process uses libtpu, which allows one at a time"):
         topologies.make_devices(topologies.find_target("v5e-8"))
