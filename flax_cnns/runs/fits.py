@@ -235,10 +235,10 @@ def find_fit(
 def find_second_point(prober: Prober, wanted: int) -> None:
     """Compiles what is missing for a line, after `wanted` images per device were compiled.
 
-    The second batch is half of what the first one suggests to fit; if this is near the first one, it
-    is twice or half of the first. A line through two small batches
-    says little about a large one: a TPU keeps the activations of few images on the chip. A third
-    batch is compiled if less than two are `calm`.
+    The second batch is half of what the first one suggests to fit; if this is near the first one,
+    it is twice or half of the first. A line through two small batches says little about a large
+    one: a TPU keeps the activations of few images on the chip. A third batch is compiled if less
+    than two are `calm`.
 
     Only the memory of these batches is used, so their compilation is quick, except near the first
     one, where a small difference would turn the line.
