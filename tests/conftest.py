@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import tempfile
-from importlib.metadata import version
 
 import pytest
 
@@ -14,8 +13,6 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 FLAG = "--xla_force_host_platform_device_count=4"
 QUICK = "--xla_backend_optimization_level=0"
-# XLA's older code generator takes a quarter of the time. Newer jaxlibs lack it and its flag.
-OLDER = "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
 if FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="flax_cnns_test_cache_"))
@@ -28,21 +25,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_configure(config):
-    """Turns off optimizations of the compiler, and in the default tier also its newer code
-    generator. Compiling then takes less than half and an eighth of the time, and programs have the
-    same operations in the same order. Tests that say so compile as users do: they use the fixture
-    `as_users`, or give `jax.jit` the compiler options AS_USERS of tests/layers/conv/cases.py."""
-    flags = {"not slow": [QUICK, OLDER], "slow": [QUICK]}.get(config.option.markexpr, [])
-    for flag in flags:
-        if flag not in os.environ["XLA_FLAGS"]:
-            os.environ["XLA_FLAGS"] += f" {flag}"
+    """Turns off optimizations of the compiler. Compiling then takes less than half of the time, and
+    programs have the same operations in the same order. Tests that say so compile as users do: they
+    use the fixture `as_users`, or give `jax.jit` the options AS_USERS of layers/conv/cases.py."""
+    if config.option.markexpr in ("slow", "not slow") and QUICK not in os.environ["XLA_FLAGS"]:
+        os.environ["XLA_FLAGS"] += f" {QUICK}"
 
 
 @pytest.fixture
 def as_users(monkeypatch):
     """Lets the child processes of a test compile with all optimizations, as users do."""
     flags = os.environ["XLA_FLAGS"].split()
-    monkeypatch.setenv("XLA_FLAGS", " ".join(flag for flag in flags if flag not in (QUICK, OLDER)))
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flag for flag in flags if flag != QUICK))
 
 
 def pytest_collection_finish():
