@@ -283,6 +283,22 @@ def test_a_compiler_that_recomputes_near_the_limit(monkeypatch):
     assert report.largest == 8 * 240
 
 
+def test_the_check_of_a_compiler_that_recomputes_to_just_above_the_limit(monkeypatch):
+    """As LeNet-5 on an H100: three batches in a row needed some MiB more than the memory."""
+
+    class Recomputes(Compiler):
+        def __call__(self, step, target, batch_size, **kwargs):
+            result = super().__call__(step, target, batch_size, **kwargs)
+            memory = target.memory
+            total = memory + MIB if 0.97 * memory < result.total < 1.5 * memory else result.total
+            return result._replace(total=total)
+
+    compiler = Recomputes(0.5 * GIB, 65 * MIB, refuses=False)
+    report = search(monkeypatch, compiler, 8 * 100, check=True)
+    assert 225 <= report.largest // 8 < 0.97 * 240.2
+    assert report.checked
+
+
 def test_memory_that_does_not_grow(monkeypatch):
     report = search(monkeypatch, Compiler(GIB, 0), 64)
     assert report.largest is None
