@@ -28,6 +28,7 @@ CHECKS = {
     "aliased": "the results of the compiled program reuse the memory of the state",
     "compiled_all_reduces": f"at most two per synchronized norm, and {STEP_ALL_REDUCES} in all",
 }
+OF_TRACE = ("callbacks", "one_trace")  # these checks need no lowered program
 # Modules that compute in float32 on purpose: the classifier head and auxiliary heads.
 # MobileNetV3's hidden layer comes after the pooling, and is part of its head.
 FLOAT32_MODULES = r"(?:.*/)?(?:aux\w*/.*|(?:head|logits|classifier|hidden_layer)\w*(?:/.*)?)"
@@ -36,6 +37,7 @@ _WIDE = ("f32", "f64")
 _PRODUCTS = ("convolution", "dot_general", "dot")
 _LIBRARY_PRODUCTS = r"__cudnn\$conv|__cublas|__triton_gemm|__onednn"
 _HOST = ("infeed", "outfeed", "send", "recv")
+_CALLBACKS = ("pure_callback", "io_callback", "debug_callback", "debug_print")
 
 
 class Finding(NamedTuple):
@@ -200,19 +202,35 @@ def list_convolutions(jaxpr: Any) -> list[str]:
     There is a name for each place in the program, without the operation at its end, such as
     "jvp(ResNet)/stem/conv". Convolutions inside of a branch for one platform do not count.
     """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    names = []
-    for equation in jaxpr.eqns:
+    equations = _list_equations(jaxpr)
+    return [name for kind, name in equations if kind in _OUR_CONVOLUTIONS]
+
+
+def check_callbacks(jaxpr: Any) -> list[Finding]:
+    """Returns a finding for each call of the host in a traced program.
+
+    JAX does not lower such a program for a device that is not there.
+    """
+    findings = [
+        Finding("callbacks", kind, find_module(f"{name}/{kind}"))
+        for kind, name in _list_equations(jaxpr)
+        if kind in _CALLBACKS
+    ]
+    return list(dict.fromkeys(findings))
+
+
+def _list_equations(jaxpr: Any) -> Iterator[tuple[str, str]]:
+    """Yields (primitive, name) of a traced program, without the branches for one platform."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield equation.primitive.name, str(equation.source_info.name_stack)
         if equation.primitive.name in _OUR_CONVOLUTIONS:
-            names.append(str(equation.source_info.name_stack))
-            continue
+            continue  # its parts are the convolution's
         if equation.params.get("branches_platforms"):
             continue
         for field in equation.params.values():
             for value in field if isinstance(field, tuple | list) else (field,):
                 if hasattr(getattr(value, "jaxpr", value), "eqns"):
-                    names += list_convolutions(value)
-    return names
+                    yield from _list_equations(value)
 
 
 def check_types(
@@ -232,7 +250,7 @@ def check_types(
 
 # ---------------------------------------------------------------------------- HLO
 
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = ((?:\([^()]*\)|\S+)) ([a-z][\w-]*)\(")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\(")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -282,7 +300,7 @@ def check_compiled(
     if total and total.calls > limit:
         op = f"{total.calls} all-reduces, at most {limit} expected"
         modules = [find_module(label) or label for label in reduced]
-        worst = max(modules, key=modules.count)
+        worst = max(modules, key=modules.count, default="")
         findings.append(Finding("compiled_all_reduces", op, worst))
     return findings
 

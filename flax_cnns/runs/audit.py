@@ -27,13 +27,16 @@ class StepAudit(NamedTuple):
     compiled: bool
     all_reduces: int | None  # of the compiled step; None: not compiled
     temporaries: int | None  # bytes per device, of the compiled step
+    lowered: bool = True  # False: the step calls the host, and cannot be lowered
 
     def judge(self, check: str) -> str:
         """Returns yes, no, or "" for a check that was not made."""
         if any(one.check == check for one in self.findings):
             return "no"
+        if check in audit.OF_TRACE:
+            return "yes"
         of_compiled = check.startswith("compiled_") or check == "aliased"
-        return "" if of_compiled and not self.compiled else "yes"
+        return "yes" if self.lowered and (self.compiled or not of_compiled) else ""
 
 
 def make_audit_devices(targets: Sequence[CompileTarget], *, compile: bool) -> list[Any]:
@@ -82,13 +85,19 @@ def audit_traces(
     """Audits a traced training step for a target, whose devices it was traced for if `compile`.
 
     The compiled program is the one with synchronized BatchNorm if there are two. Products may be in
-    float32 if `model.dtype` is float32.
+    float32 if `model.dtype` is float32. A step that calls the host is neither lowered nor compiled:
+    JAX refuses that without the device.
     """
+    of_traces: list[Finding] = []
+    for step, traced in traces.steps.values():
+        of_traces += [*audit.check_callbacks(traced.jaxpr), *check_one_trace(step, traced)]
+    findings = dict.fromkeys(of_traces)  # without repetitions, in order
+    if any(one.check == "callbacks" for one in of_traces):
+        return StepAudit(tuple(findings), traces.norms, False, None, None, lowered=False)
     wide = None if traces.config.model.dtype == "float32" else audit.FLOAT32_MODULES
     platform = {"gpu": "cuda"}.get(target.platform, target.platform)
-    findings: dict[Finding, None] = {}  # without repetitions, in order
     counted = temporaries = None
-    for is_synchronized, (step, traced) in traces.steps.items():
+    for is_synchronized, (_, traced) in traces.steps.items():
         allowed = traces.norms if is_synchronized else 0
         lowered = traced.lower(lowering_platforms=(platform,))
         found = audit.check_lowered(
@@ -97,7 +106,6 @@ def audit_traces(
             convolutions=audit.list_convolutions(traced.jaxpr),
             float32_modules=wide,
         )
-        found += check_one_trace(step, traced)
         if compile and is_synchronized == max(traces.steps):
             compiled = lowered.compile(compiler_options=dict(target.compiler_options))
             text = compiled.as_text()

@@ -112,11 +112,19 @@ def test_the_head_may_be_float32_and_nothing_else(good):
     assert audit.check_lowered(text, norms=2, float32_modules=None) == []
 
 
-def test_a_call_of_the_host_is_named():
+def test_a_call_of_the_host_is_named(good):
     traced = trace(Net(calls_host=True))
+    assert audit.check_callbacks(traced.jaxpr) == [Finding("callbacks", "pure_callback", "")]
+    assert audit.check_callbacks(good[0].jaxpr) == []
     text = lower(traced, "cpu")  # a callback for a GPU cannot be lowered without one
     (finding,) = [one for one in check(traced, text) if one.check == "callbacks"]
     assert "callback" in finding.op
+
+
+def test_a_print_in_a_layer_is_named():
+    traced = jax.jit(lambda x: jax.debug.print("{}", x)).trace(1.0)
+    (finding,) = audit.check_callbacks(traced.jaxpr)
+    assert finding.op.startswith("debug_")
 
 
 def test_a_state_that_is_not_donated_is_named():
@@ -215,6 +223,22 @@ def test_all_reduces_of_a_compiled_program_are_counted():
     assert [one for one in count(norms=1) if one.check == "compiled_all_reduces"] == []
     (finding,) = [one for one in count() if one.check == "compiled_all_reduces"]
     assert finding.op == "6 all-reduces, at most 4 expected"
+
+
+def test_shapes_of_a_tpu_are_read():
+    """Layouts have parentheses there, also in the shapes of tuples."""
+    tiled = "(f32[8]{0:T(256)}, f32[8]{0:T(256)})"
+    lines = [
+        f'  %s{i} = {tiled} all-reduce(%p, %p), to_apply=%sum, metadata={{op_name="jit(s)/psum"}}'
+        for i in range(audit.STEP_ALL_REDUCES + 1)
+    ]
+    sent = "((f32[8]{0:T(256)}, u32[]{:S(2)}), token[]) send(%p, %z), is_host_transfer=true"
+    text = COMPILED.replace("  %m =", "\n".join([*lines, f"  %x = {sent}", "  %m ="]))
+    findings = audit.check_compiled(text)
+    assert Finding("compiled_callbacks", "send", "") in findings
+    assert Finding("compiled_all_reduces", "6 all-reduces, at most 4 expected", "jit(s)/psum") in (
+        findings
+    )
 
 
 def test_a_real_compiled_program_reuses_the_state():

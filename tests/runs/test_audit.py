@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -27,6 +28,17 @@ def test_the_real_step_for_a_tpu():
     assert result == StepAudit((), 7, False, None, None)
     assert [result.judge(check) for check in checks.CHECKS] == ["yes"] * 6 + [""] * 4
     assert "yes          products: no conv" in audit.format_audit(result)
+
+
+def test_a_step_that_calls_the_host_is_not_lowered():
+    step = SimpleNamespace(state={"a": 0})
+    traced = jax.jit(lambda x: (jax.debug.print("{}", x), x)[1]).trace(0)
+    traces = audit.ConfigTraces(SimpleNamespace(), 3, {False: (step, traced)})
+    result = audit.audit_traces(traces, TARGET, compile=True)
+    assert [one.check for one in result.findings] == ["callbacks"]
+    judged = {check: result.judge(check) for check in checks.CHECKS}
+    assert {check for check, verdict in judged.items() if verdict} == {"callbacks", "one_trace"}
+    assert (judged["callbacks"], judged["one_trace"]) == ("no", "yes")
 
 
 def test_every_family_has_a_network():
