@@ -118,6 +118,7 @@ MISTAKES = [  # flags, and a part of the message
     (["--config.model.name=resnet"], "unknown model 'resnet'"),
     (["--config=configs/nowhere.py"], "nowhere.py"),
     (["--config.data.name=cifar11"], "did you mean 'cifar10"),
+    (["--accept-changed-data=b"], "or --noaccept-changed-data, got --accept-changed-data=b"),
 ]
 
 

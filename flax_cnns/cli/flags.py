@@ -348,12 +348,10 @@ def _parse(argv: list[str]) -> list[str]:
         command = argv[1] if len(argv) > 1 and not argv[1].startswith("-") else ""
         if command not in _COMMANDS:
             hint = did_you_mean(command, _COMMANDS) if command else ""
-            known = " or ".join(_COMMANDS)
-            if len(_COMMANDS) > 3:
-                known = f"one of {', '.join(_COMMANDS)}"
+            few, many = " or ".join(_COMMANDS), f"one of {', '.join(_COMMANDS)}"
+            known = few if len(_COMMANDS) < 4 else many
             raise UserError(f"expected {known} first, got {command!r}{hint}")
-        argv = [argv[0], *argv[2:]]
-    argv = [argv[0], *map(_as_defined, argv[1:])]
+    argv = [argv[0], *map(_as_defined, argv[2 if _COMMANDS else 1 :])]
     _check_fields_are_of_the_config(argv[1:])
     given = any(a.lstrip("-").partition("=")[0] == "config" and a[:1] == "-" for a in argv)
     default = _DEFAULT.get(command, _DEFAULT.get(""))
@@ -383,18 +381,20 @@ def _parse(argv: list[str]) -> list[str]:
         raise UserError(f"--config: cannot load {file}: {str(error).splitlines()[-1]}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error.__context__, UserError):  # raised by the config file
-            message = str(error.__context__).removeprefix("config: ")
-            raise UserError(f"--config: {message}") from None
+            raise UserError(
+                f"--config: {str(error.__context__).removeprefix('config: ')}"
+            ) from None
         lines = str(error.args[0] if error.args else error).strip().splitlines()
         # ml_collections puts a config file's traceback into the message. Its last line is enough.
-        message = " ".join(lines[-1:] if any("Traceback" in line for line in lines) else lines)
-        message = message.removeprefix("ValueError: ")
+        lines = lines[-1:] if "Traceback" in str(lines) else lines
+        message = " ".join(lines).removeprefix("ValueError: ")
         if isinstance(error, (AttributeError, KeyError)):
-            message = (
-                f"config: unknown field {message.strip(chr(34))}; a config file may add fields"
-            )
-        if missing := re.match(r"flag --([\w-]+)=None: .* must have a value", message):
+            field = message.strip('"')
+            message = f"config: unknown field {field}; a config file may add fields"
+        elif missing := re.match(r"flag --([\w-]+)=None: .* must have a value", message):
             message = f"expected --{missing[1]}=VALUE, got none"
+        elif bad := re.match(r"flag --([\w-]+)=(.*): \('Non-boolean argument", message):
+            message = f"expected {help.show_switch(bad[1], _usage())}, got --{bad[1]}={bad[2]}"
         raise UserError(f"{message} (--help lists the flags)") from None
     finally:
         sys.argv = before

@@ -51,6 +51,12 @@ def name_command(started: str, module: str) -> str:
     return started if started.startswith("flax-cnns ") else f"python -m experiments.{name}"
 
 
+def show_switch(name: str, usage: str) -> str:
+    """Shows how a boolean flag is written, with the arguments of the usage line that follow it."""
+    usage = usage.strip("[]")
+    return usage if f"--{name} " in usage else f"--{name} or --no{name}"
+
+
 def make_page(command: str, module: str, doc: str, arguments: str, run_paths: Sequence[str]) -> str:
     """Returns the help page of a command: purpose, examples and flags."""
     prefix = command.removesuffix(module.rpartition(".")[2])

@@ -134,3 +134,8 @@ def test_the_overview_has_a_line_for_each_command(monkeypatch, capsys):
     command.main()
     out = capsys.readouterr().out
     assert all(f"\n  {name:9}  {command.read_purpose(name)}\n" in out for name in command.COMMANDS)
+
+
+def test_a_switch_with_a_value_is_shown_as_it_is_written():
+    assert help.show_switch("report", "[--join REPORT.csv...]") == "--report or --noreport"
+    assert help.show_switch("join", "[--join REPORT.csv...]") == "--join REPORT.csv..."
