@@ -31,9 +31,10 @@ def launch(workdir, config):
     )
 
 
-@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
-def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode):
-    config.train.parallel = mode
+@pytest.mark.parametrize(("mode", "steps_per_call"), [("shard_map", 5), ("pmap", 1)])
+def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode, steps_per_call):
+    config.train.parallel, config.train.steps_per_call = mode, steps_per_call
+    config.log.every = "5 steps"
     config.train.duration = "60 steps"
     config.train.eval_every = "20 steps"
     config.checkpoint.every = "20 steps"
@@ -42,12 +43,13 @@ def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode):
     output = ""
     for line in cut.stdout:
         output += line
-        if "step 21/60" in line:
+        if "step 25/60" in line:
             cut.send_signal(signal.SIGTERM)
     assert cut.wait(timeout=60) == 75, output
     assert "run the same command again to resume" in output
     step = finding.latest_step(tmp_path / "cut")
-    assert 21 <= step < 60
+    assert 25 <= step < 60
+    assert step % steps_per_call == 0
 
     summary = run(config, tmp_path / "cut")  # in this process
     assert summary["processes"] == 1

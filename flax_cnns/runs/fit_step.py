@@ -81,6 +81,14 @@ class TargetStep:
         optimizer = plan.make_optimizer(variables)
         self.step: Any = make_train_step(components, optimizer, plan.steps_per_epoch)
         self.per_state = measure_state(self.state)
+        if (n := config.train.steps_per_call) > 1:
+            images = components.dataset.splits["train"].images
+            assert images is not None  # RunPlan refuses other data
+            size = format_bytes(images.size * images.dtype.itemsize)
+            self.notes.append(
+                f"train.steps_per_call={n}: compiled as single steps; a run also keeps all training"
+                f" images on each device, {size} that are not counted here"
+            )
 
     @property
     def batch_size(self) -> int:

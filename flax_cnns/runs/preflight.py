@@ -126,7 +126,9 @@ def _check_step(preflight: Preflight, config: Any) -> None:
         # The seconds differ by process; the loss must not.
         built["loss"] = f"{loss:.6g}"
         built["seconds"] = seconds
-        return "was compiled and taken"
+        n = config.train.steps_per_call
+        note = f"; the run takes {n} in a call (train.steps_per_call)" if n > 1 else ""
+        return f"was compiled and taken{note}"
 
     if preflight.gather("training step", take_step, seconds=SECONDS_OF_A_STEP):
         preflight.compare({"loss of the step": built["loss"]})

@@ -192,7 +192,10 @@ class Session:
         return ""
 
     def _should_stop(self, step: int) -> bool:
-        self.is_asked |= self.signals.should_stop(step)  # several processes ask after every step
+        # Several processes ask after every call. JAX lets them stop at the number after the highest
+        # that it saw, so the calls are counted: steps that leave numbers out would never stop.
+        call = -(-step // self.config.train.steps_per_call)
+        self.is_asked |= self.signals.should_stop(call)
         return self.is_asked or self.is_stopped
 
     def _tick(self, step: int) -> None:

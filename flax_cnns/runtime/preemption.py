@@ -118,12 +118,16 @@ class Signals:
                 _say("interrupted: exiting as soon as JAX allows it; Ctrl-C again exits at once")
         os.close(reading)
 
-    def should_stop(self, step: int) -> bool:
-        """Whether to save and stop after `step`. Several processes get the same answer."""
+    def should_stop(self, count: int) -> bool:
+        """Whether to save and stop now. Several processes get the same answer.
+
+        count: goes up by one from call to call. Several processes stop only at the number after
+        the highest that any of them had reached, so a number that is left out may be missed.
+        """
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(count)
         return self.asked.is_set()
 
     def is_asked_to_stop(self) -> bool:

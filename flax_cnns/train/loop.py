@@ -15,6 +15,7 @@ import jax
 
 from flax_cnns.errors import Diverged, Interrupted
 from flax_cnns.train import metrics
+from flax_cnns.train.pace import Pace, Stopwatch
 from flax_cnns.train.profiler import StepProfiler
 from flax_cnns.train.step_calls import split_sums
 from flax_cnns.types import Array, PyTree
@@ -66,8 +67,8 @@ class Callbacks:
 
     - `save(step, state, host, metrics)` saves a checkpoint; `host` can be written as JSON.
     - `write(step, record)` writes one record of the log.
-    - `tick(step)` is called after every step.
-    - `should_stop(step)` is called once per step and returns whether the session must end.
+    - `tick(step)` is called after every call of the training step.
+    - `should_stop(step)` is called after every call, and returns whether the session must end.
     - `evaluate(state)` returns {"loss", "accuracy", ...} of the validation split, or raises
       `Interrupted`.
     - `on_validation(state, error)` may change the state (the plateau schedule).
@@ -86,43 +87,6 @@ class Callbacks:
     on_validation: Callable[[PyTree, float], PyTree] | None = None
     refresh: Callable[[PyTree], PyTree] | None = None
     on_step: Callable[[int, dict[str, float]], None] | None = None
-
-
-class Stopwatch:
-    """Measures seconds, starting when it is created."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-
-    def lap(self) -> float:
-        """Returns the seconds since the last lap."""
-        since, self._since = self._since, time.perf_counter()
-        return self._since - since
-
-
-class _Pace:
-    """Images per second. Time between `lap` and `restart` is not counted."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size, self.steps, self.seconds = batch_size, 0, 0.0
-        self.restart()
-
-    def restart(self, steps: int = 0) -> None:
-        """Starts to measure again, with `steps` steps counted already."""
-        self.since, self.new = time.perf_counter(), steps
-
-    def lap(self) -> float | None:
-        """Returns the images per second since the last lap; None if no step was counted."""
-        new, seconds = self.new, time.perf_counter() - self.since
-        self.restart()
-        if new <= 0:
-            return None
-        self.steps, self.seconds = self.steps + new, self.seconds + seconds
-        return new * self.batch_size / seconds
-
-    def mean(self) -> float | None:
-        """Returns the images per second of all laps; None if no step was counted."""
-        return self.steps * self.batch_size / self.seconds if self.steps else None
 
 
 def prefetch(iterator: Iterable[Any], size: int = 2) -> Generator[Any]:
@@ -232,7 +196,7 @@ class TrainLoop:
         Raises `Diverged` after `max_bad_steps` bad steps in a row.
         """
         self._late: collections.deque[_Call] = collections.deque()
-        self._pace, self._stopwatch = _Pace(self.batch_size), Stopwatch()
+        self._pace, self._stopwatch = Pace(self.batch_size), Stopwatch()
         self._outcome = outcome = TrainOutcome(state, start)
         continues = not self.host.stopped
         if self.host.due:  # the last session was interrupted in this step's validation
@@ -250,6 +214,10 @@ class TrainLoop:
         """Takes the steps of a call, validates and saves if due. Returns whether to go on."""
         outcome, call = self._outcome, self.callbacks
         n = min(self.steps_per_call, self.stop - outcome.step)
+        # A shorter call is compiled again, which is not the speed of the run.
+        compiles = n < self.steps_per_call and outcome.seconds_to_first_step is not None
+        if compiles:
+            self._finish_lap()
         profiler = self._begin_profiling(outcome.step + 1)
         batch = next(self.batches)
         if profiler is not None:
@@ -262,8 +230,8 @@ class TrainLoop:
         outcome.step += n
         step, last = outcome.step, outcome.step == self.stop
         self._late.append(_Call(step, n, sums, self._is_time(self.periods.log)))
-        if outcome.seconds_to_first_step is None:
-            self._time_first_step(sums, n)
+        if compiles or outcome.seconds_to_first_step is None:
+            self._await_compiled(sums, n)
         call.tick(step)
         if len(self._late) > 1:
             self._absorb()
@@ -274,9 +242,7 @@ class TrainLoop:
         validating, saving = self._is_time(self.periods.evaluate), self._is_time(self.periods.save)
         if not (validating or saving or stopping):
             return True
-        while self._late:
-            self._absorb()
-        self._pace.lap()
+        self._finish_lap()
         if stopping and not last:
             # The next session starts with the validation that is due at this step.
             self.host.due = validating and self._has_validation
@@ -292,9 +258,7 @@ class TrainLoop:
         if self.profiler is None or not self.profiler.covers(step):
             return None
         if step == self.profiler.window.first:
-            while self._late:
-                self._absorb()
-            self._pace.lap()
+            self._finish_lap()
             speed = self._pace.mean()
             self.profiler.start(self.batch_size / speed if speed else None)
         self.profiler.begin_step(step)
@@ -351,6 +315,11 @@ class TrainLoop:
         if late.logging:
             self._log(late.step)
 
+    def _finish_lap(self) -> None:
+        while self._late:
+            self._absorb()
+        self._pace.lap()
+
     def _add_step(self, step: int, values: dict[str, Any]) -> None:
         """Adds the sums of a step to the window. Raises `Diverged`."""
         host = self.host
@@ -382,12 +351,14 @@ class TrainLoop:
         self.host.seconds += self._stopwatch.lap()
         self.callbacks.save(outcome.step, outcome.state, dataclasses.asdict(self.host), record)
 
-    def _time_first_step(self, sums: dict[str, Array], n: int) -> None:
+    def _await_compiled(self, sums: dict[str, Array], n: int) -> None:
+        """Waits for a call that was compiled, and leaves its time out of the speed."""
         outcome = self._outcome
         jax.block_until_ready(sums)
-        outcome.seconds_to_first_step = time.perf_counter() - self.began
-        self.callbacks.write(outcome.step, {"time/first_step": outcome.seconds_to_first_step})
-        self._pace.restart(-n)  # excludes the compilation
+        if outcome.seconds_to_first_step is None:
+            outcome.seconds_to_first_step = time.perf_counter() - self.began
+            self.callbacks.write(outcome.step, {"time/first_step": outcome.seconds_to_first_step})
+        self._pace.restart(-n)
 
     def _is_time(self, period: int) -> bool:
         """Whether an event with this period is due at this step; at the last step it always is."""

@@ -100,9 +100,11 @@ def test_a_repeated_command_compiles_nothing(real, folder, monkeypatch):
     report, _ = real
     monkeypatch.setattr(fits, "find_peak", lambda *_: None)
     said = []
-    again = fits.find_fit(
-        make_config(), CPU, cache=folder, devices=jax.devices()[:4], say=said.append
-    )
+    periods = dict.fromkeys(("log.every", "train.eval_every", "checkpoint.every"), "2 steps")
+    config = make_config(**{"train.steps_per_call": 2, **periods})
+    again = fits.find_fit(config, CPU, cache=folder, devices=jax.devices()[:4], say=said.append)
+    assert "single steps; a run also keeps all training images" in said[1]
+    assert "3.7 MiB" in said[1]  # 60,000 images of 64 bytes
     assert not any("compiling" in line for line in said)
     assert again.compilations == report.compilations
     assert "peak not known" in fit_text.format_report(again)

@@ -13,7 +13,7 @@ from flax_cnns import run
 from flax_cnns.errors import UserError
 from flax_cnns.runs.build import build_components
 from flax_cnns.runs.plan import RunPlan
-from flax_cnns.runtime.preemption import Preempted
+from flax_cnns.runtime.preemption import Preempted, Signals
 from flax_cnns.train import parallel, step_calls
 from tests.tiny_runs import arrays, records
 
@@ -28,7 +28,11 @@ def config(config):
 
 
 @pytest.mark.parametrize("mode", ["shard_map", pytest.param("pmap", marks=pytest.mark.slow)])
-def test_calls_train_as_single_steps_do_and_resume_to_the_bit(finished, config, tmp_path, mode):
+def test_calls_train_as_single_steps_do_and_resume_to_the_bit(
+    finished, config, tmp_path, mode, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(Signals, "should_stop", lambda _, count: asked.append(count) is not None)
     config.train.parallel = mode
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     ticks = []
@@ -36,6 +40,7 @@ def test_calls_train_as_single_steps_do_and_resume_to_the_bit(finished, config, 
         config, whole, callbacks=[type("Ticks", (), {"on_step": lambda _, n, x: ticks.append(n)})()]
     )
     assert ticks == list(range(1, 13))
+    assert asked == [1, 2, 3]  # without gaps, or several processes would not stop
     ours, theirs = arrays(whole), arrays(finished[0])
     chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
     for ours_leaf, leaf in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):

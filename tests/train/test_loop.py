@@ -150,6 +150,29 @@ def test_images_per_second_leave_out_compiling_validations_and_saves(monkeypatch
     assert found.images_per_second == 2.0
 
 
+def test_the_compilation_of_a_shorter_last_call_is_no_part_of_the_speed(monkeypatch):
+    clock, ready, device = [0.0], [0.0], Device(monkeypatch)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+
+    def step(state, batch, key):
+        n = min(4, 10 - state)
+        if n < 4:
+            clock[0] += 100.0
+        ready.append(max(clock[0], ready[-1]) + n)
+        names = ("loss", "correct", "bad", "norm", "rate", "count")
+        sums = {name: np.zeros(n) for name in names}
+        return state + n, sums | {"ready": np.full(n, ready[-1])}
+
+    def wait(sums):
+        clock[0] = max(clock[0], sums["ready"][0])
+        return sums
+
+    monkeypatch.setattr(loop.jax, "device_get", wait)
+    monkeypatch.setattr(loop.jax, "block_until_ready", wait)
+    found, _ = device.train(stop=10, train_step=step, steps_per_call=4)
+    assert found.images_per_second == 2.0  # a step takes a second
+
+
 def test_a_step_that_logs_and_stops_is_saved_whole(monkeypatch):
     device, host = Device(monkeypatch), loop.HostState()
     outcome, written = device.train(
