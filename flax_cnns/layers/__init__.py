@@ -2,7 +2,7 @@
 
 from flax_cnns.layers.attention import MultiHeadAttention
 from flax_cnns.layers.building import building_blocks, classify, classify_by_maps, make_head
-from flax_cnns.layers.cell import Cell, CellRecipe, PaddingRules
+from flax_cnns.layers.cell import Cell, CellRecipe, PaddingRules, ReluConvNorm
 from flax_cnns.layers.checks import check_fields, check_images, check_stages
 from flax_cnns.layers.conv import Conv, conv2d, inside_control_flow
 from flax_cnns.layers.drop_path import (
@@ -63,6 +63,7 @@ __all__ = [
     "MultiHeadAttention",
     "NoNorm",
     "PaddingRules",
+    "ReluConvNorm",
     "SAFPool",
     "SeparableConv",
     "Shake",
