@@ -81,7 +81,7 @@ def test_the_notebook_has_no_outputs():
 
 
 @pytest.mark.slow
-def test_quickstart(tmp_path, digits_dir, as_users):
+def test_quickstart(tmp_path, digits_dir):
     said = start([EXAMPLES / "quickstart.py"], tmp_path, digits_dir)
     assert numbers(said, "test accuracy")[0] > 0.9
     predicted, true = re.search(r"predicted (.*)\ntrue +(.*)", said).groups()

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError
 from flax_cnns.models.registry import create_model, init_variables
-from tests.layers.conv.cases import users_jit
 from tests.models.published import PUBLISHED
 
 TINY = dict(depths=(1, 1, 1), widths=(4, 6, 8), input_size=(8, 8, 3))
@@ -175,7 +174,7 @@ def test_remat_saves_memory():
         )
         variables = jax.eval_shape(partial(init_variables, model), jax.random.key(0))
         loss = lambda v: model.apply(v, IMAGES, train=True, mutable=["batch_stats"])[0].sum()  # noqa: E731
-        compiled = users_jit(jax.grad(loss)).lower(pytree.stack_blocks(variables)).compile()
+        compiled = jax.jit(jax.grad(loss)).lower(pytree.stack_blocks(variables)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(remat=True) < 0.7 * temporaries(remat=False)

@@ -15,10 +15,8 @@ from flax_cnns.layers import inside_control_flow
 from flax_cnns.layers.conv import conv2d
 from flax_cnns.layers.conv.geometry import ConvGeometry
 
-# Most of the time of these tests is compile time. Tests on devices use `jax.jit`.
+# Most of the time of these tests is compile time. Slow tests and tests on devices use `jax.jit`.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-AS_USERS = {"xla_backend_optimization_level": 3}  # XLA's default, whatever XLA_FLAGS has
-users_jit = partial(jax.jit, compiler_options=AS_USERS)
 
 
 class Case(NamedTuple):

@@ -11,16 +11,7 @@ import pytest
 
 from flax_cnns.layers.conv import choose, conv2d, cpu
 from flax_cnns.layers.conv.geometry import ConvGeometry
-from tests.layers.conv.cases import (
-    KINDS,
-    Case,
-    error,
-    exact,
-    lowered,
-    products,
-    quick_jit,
-    users_jit,
-)
+from tests.layers.conv.cases import KINDS, Case, error, exact, lowered, products, quick_jit
 
 # ---------------------------------------------------------------------------- by name
 
@@ -241,8 +232,8 @@ CASES = [*CHOSEN, *random_cases(8)]
 
 @pytest.mark.slow
 def test_many_shapes_are_exact(reached):
-    """Compiles as users do, and has random cases in addition to the chosen ones."""
-    check([*CHOSEN, *random_cases(4)], users_jit)
+    """Uses the default compiler options, and random cases in addition to the chosen ones."""
+    check([*CHOSEN, *random_cases(4)], jax.jit)
     assert reached == {(table, name) for table in TABLES for name in getattr(cpu, table)}
 
 
