@@ -56,8 +56,10 @@ def test_two_processes_train_and_one_resumes_them(config, tmp_path, mode, steps_
     assert summary["devices"] == 4
     resumed, expected = arrays(tmp_path / "cut"), arrays(tmp_path / "whole")
     assert resumed.keys() == expected.keys()
+    # XLA compiles a loop over steps differently for another number of devices.
+    atol = 1e-6 if steps_per_call == 1 else 5e-6
     for name, value in expected.items():
-        np.testing.assert_allclose(resumed[name], value, rtol=0, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(resumed[name], value, rtol=0, atol=atol, err_msg=name)
     ours, theirs = records(tmp_path / "cut"), records(tmp_path / "whole")
     assert [list(r) for r in ours] == [list(r) for r in theirs]
     for a, b in zip(ours, theirs):
