@@ -26,7 +26,7 @@ from experiments.benchmarks.flags import parse_positive_int
 from experiments.benchmarks.gpu_parts import PARTS
 from experiments.benchmarks.gpu_steps import GpuSettings
 from experiments.benchmarks.gpu_table import FAILED, OK, SKIPPED, Origin, ResultTable, lock
-from experiments.benchmarks.report import BenchmarkReport
+from experiments.benchmarks.report import BenchmarkReport, check_writable
 from flax_cnns.analysis.device import describe_environment
 from flax_cnns.errors import EXIT_FAULT, EXIT_PREEMPTED, UserError, did_you_mean
 
@@ -131,12 +131,7 @@ def _find_path(out: str | None) -> Path:
     path = Path(out or DEFAULT_OUT)
     if path.suffix != ".csv":
         raise UserError(f"--out: expected the name of a .csv file, got {out!r}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise UserError(f"--out: cannot write {path}: {error.strerror}") from None
+    check_writable(path)
     return path
 
 

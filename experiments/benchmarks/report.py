@@ -28,6 +28,16 @@ class Bars(NamedTuple):
     reference: float | None = None
 
 
+def check_writable(out: Path) -> None:
+    """Makes the file and its folder. Raises UserError, which names --out, if that is impossible."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a"):
+            pass
+    except OSError as error:
+        raise UserError(f"--out: cannot write {out}: {error.strerror}") from None
+
+
 class BenchmarkReport:
     """Collects results row by row, so that an interrupted benchmark keeps the rows that it has."""
 
@@ -44,12 +54,7 @@ class BenchmarkReport:
         self.bars: Bars | None = None
         self._cells: list[tuple[str, ...]] = []
         if out is not None:  # fails now and not after an hour of measuring
-            try:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                with out.open("a"):
-                    pass
-            except OSError as error:
-                raise UserError(f"--out: cannot write {out}: {error.strerror}") from None
+            check_writable(out)
             self._new = not out.stat().st_size
 
     def print_line(self, text: str) -> None:

@@ -308,7 +308,7 @@ TABLE = section("A config.",
             " validation/accuracy, or validation/loss for multilabel data.", older_runs="auto"),
         best_mode=Field("auto", one_of("auto", "max", "min"),
             "Whether the highest or the lowest value of best_by is the best. auto: the highest"
-            " accuracy or top5, the lowest loss. Your own metric needs it.", older_runs="auto"),
+            " accuracy or top5, the lowest loss. Set it for your own metric.", older_runs="auto"),
         max_bad_steps=Field(10, integer(),
             "Stop after this many steps in a row with values that are not finite; 0: never."),
         precise_bn=Field(0, integer(),

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import pathlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +13,7 @@ from flax_cnns import files
 from flax_cnns.analysis import audit
 from flax_cnns.analysis.audit import Finding
 from flax_cnns.errors import UserError, did_you_mean
+from flax_cnns.runs import target_table
 from flax_cnns.runs.audit import (
     ConfigTraces,
     StepAudit,
@@ -142,7 +140,7 @@ def write_table(
     for family in families:
         if family not in NETWORKS:
             raise UserError(f"--families: unknown {family!r}{did_you_mean(family, NETWORKS)}")
-    read_table(path)  # refuses another file before anything is lowered
+    target_table.read_rows(path, COLUMNS, "model")  # refuses another file before it lowers
     files.check_writable(path)
     about = {"jax": jax.__version__, "code": find_versions()["flax_cnns (code)"], "compiler": ""}
     if compile:
@@ -153,7 +151,8 @@ def write_table(
         network = NETWORKS[family]
         traces: dict[int, ConfigTraces] = {}  # by number of devices
         for target in targets:
-            row = read_table(path).get((network.name, target.name))
+            rows = target_table.read_rows(path, COLUMNS, "model")
+            row = rows.get((network.name, target.name))
             if row is None or not is_current(row, about, compile):
                 say(f"{number} of {len(families)}: {network.name} for {target.name}")
                 began, count = time.perf_counter(), target.devices
@@ -162,9 +161,7 @@ def write_table(
                 result = audit_traces(traces[count], target, compile=compile)
                 seconds = {"seconds": f"{time.perf_counter() - began:.0f}"}
                 row = make_row(family, target, traces[count].config, result) | about | seconds
-                rows = read_table(path)  # another command may have added rows
-                rows[network.name, target.name] = row
-                files.write_text(path, format_rows(rows.values()))
+                target_table.add_row(path, COLUMNS, "model", row)
             made.append(row)
     return made
 
@@ -173,20 +170,6 @@ def is_current(row: Mapping[str, str], about: Mapping[str, str], compile: bool) 
     """Whether a row of the table need not be made again."""
     names = ("jax", "code", *(["compiler"] if compile else []))
     return all(row[name] == about[name] for name in names)
-
-
-def read_table(path: str) -> dict[tuple[str, str], dict[str, str]]:
-    """Returns {(model, topology): row} of a table; {} if there is no file.
-
-    Raises UserError for a file with other columns.
-    """
-    file = pathlib.Path(path)
-    if not file.exists():
-        return {}
-    reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8")))
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise UserError(f"--table: {path} is not a table of this command; name another file")
-    return {(row["model"], row["topology"]): row for row in reader}
 
 
 def make_row(family: str, target: CompileTarget, config: Any, result: StepAudit) -> dict[str, str]:
@@ -214,15 +197,6 @@ def format_findings(findings: Sequence[Finding]) -> str:
     """Returns the first findings in one line."""
     more = [f"{len(findings) - MAX_SHOWN} more"] if len(findings) > MAX_SHOWN else []
     return "; ".join([*map(str, findings[:MAX_SHOWN]), *more])
-
-
-def format_rows(rows: Iterable[Mapping[str, str]]) -> str:
-    """Formats a table as CSV, ordered by topology."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda row: row["topology"]))
-    return text.getvalue()
 
 
 _SHOWN = ("family", "model", "topology", "norms", *audit.CHECKS, "findings")

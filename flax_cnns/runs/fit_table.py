@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import jax
 
 from flax_cnns import files, recipes
-from flax_cnns.errors import UserError
+from flax_cnns.runs import target_table
 from flax_cnns.runs.fits import FitReport, find_fit
 from flax_cnns.runtime.topologies import GIB, CompileTarget
 
@@ -37,14 +35,12 @@ def write_table(
     Other rows of the file stay; a row of the same recipe and topology is replaced. Finished
     compilations are read from `cache`. Raises UserError if the file is not such a table.
     """
-    read_table(path)  # refuses another file before anything is compiled
+    target_table.read_rows(path, COLUMNS, "recipe")  # refuses another file before it compiles
     files.check_writable(path)
     for number, name in enumerate(names, 1):
         print(f"{number} of {len(names)}: {name} on {target.name}", flush=True)
         report = find_fit(load_recipe(name), target, cache=cache)
-        rows = read_table(path)  # another command may have added rows of other accelerators
-        rows[name, target.name] = make_row(name, report)
-        files.write_text(path, format_rows(rows))
+        target_table.add_row(path, COLUMNS, "recipe", make_row(name, report))
     print(f"written: {path}")
 
 
@@ -52,29 +48,6 @@ def load_recipe(name: str) -> Any:
     """Returns the config of a recipe, such as "imagenet_resnet50:modern"."""
     file, _, mode = name.partition(":")
     return recipes.load(recipes.find(file)).get_config(*([mode] if mode else []))
-
-
-def read_table(path: str) -> dict[tuple[str, str], dict[str, str]]:
-    """Returns {(recipe, topology): row} of a table; {} if there is no file.
-
-    Raises UserError for a file with other columns.
-    """
-    file = pathlib.Path(path)
-    if not file.exists():
-        return {}
-    reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8")))
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise UserError(f"--table: {path} is not a table of this command; name another file")
-    return {(row["recipe"], row["topology"]): row for row in reader}
-
-
-def format_rows(rows: dict[tuple[str, str], dict[str, str]]) -> str:
-    """Formats a table as CSV, ordered by topology."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row for _, row in sorted(rows.items(), key=lambda item: item[0][1]))
-    return text.getvalue()
 
 
 def make_row(name: str, report: FitReport) -> dict[str, str]:

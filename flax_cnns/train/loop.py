@@ -159,7 +159,7 @@ class TrainLoop:
     """The training loop of one session.
 
     - `train_step(state, batch, key)` returns (state, sums): of one step, or of up to
-      `steps_per_call` steps, [steps ...]. All that the loop does else comes between two calls.
+      `steps_per_call` steps, [steps ...]. Everything else happens between two calls.
     - `batches` are already on the devices.
     - `stop` is the run's last step.
     - `host` is updated while the loop runs.

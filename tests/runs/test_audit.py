@@ -12,7 +12,7 @@ from flax_cnns.analysis import audit as checks
 from flax_cnns.analysis.audit import Finding
 from flax_cnns.errors import UserError
 from flax_cnns.models import registry
-from flax_cnns.runs import audit, audit_table
+from flax_cnns.runs import audit, audit_table, target_table
 from flax_cnns.runs.audit import StepAudit
 from flax_cnns.runtime import topologies
 from flax_cnns.runtime.topologies import CompileTarget
@@ -103,7 +103,7 @@ def test_the_table_goes_on_where_it_ended(tmp_path, audited, monkeypatch):
     assert row["temporaries_mib"] == "1.00"
     write(path, "dsn")  # a compiled row has more than is asked for
     assert audited == ["vit_tiny_patch16_224", "dsn", "dsn", "dsn"]
-    assert set(audit_table.read_table(str(path))) == {
+    assert set(target_table.read_rows(str(path), audit_table.COLUMNS, "model")) == {
         *(("vit_tiny_patch16_224", "tpu-2"), ("dsn", "tpu-2"), ("dsn", "other"))
     }
     monkeypatch.setattr(audit_table, "find_versions", lambda: {"flax_cnns (code)": "changed"})
