@@ -37,6 +37,29 @@ class Break(NamedTuple):
 P = "flax_cnns/"
 BREAKS = [
     Break(
+        f"{P}runs/session.py",
+        "call = -(-step // self.config.train.steps_per_call)",
+        "call = step",
+        "tests/runs/test_step_calls.py",
+        "Several processes that take several steps in a call never stop at a signal.",
+    ),
+    Break(
+        f"{P}runs/build.py",
+        "        start_step=start,\n        process_index=jax.process_index(),\n"
+        "        process_count=jax.process_count(),\n    )\n    sizes",
+        "        process_index=jax.process_index(),\n"
+        "        process_count=jax.process_count(),\n    )\n    sizes",
+        "tests/runs/test_step_calls.py",
+        "A resumed run of several steps in a call takes the first examples again.",
+    ),
+    Break(
+        f"{P}studies/ablation/joining.py",
+        "    summaries = correct_p_values(\n        [\n            summary",
+        "    summaries = (\n        [\n            summary",
+        "tests/studies/ablation/test_joining.py",
+        "The p-values of joined pieces are corrected for the rows of each piece alone.",
+    ),
+    Break(
         f"{P}layers/pool.py",
         "is_larger = (tap > largest) | jnp.isnan(tap)",
         "is_larger = (tap >= largest) | jnp.isnan(tap)",
