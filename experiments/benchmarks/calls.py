@@ -16,8 +16,6 @@ from experiments.benchmarks.report import (
 )
 from flax_cnns import config as configs
 from flax_cnns.analysis.timing import time_candidates
-from flax_cnns.runs import build
-from flax_cnns.runs.plan import RunPlan
 from flax_cnns.train import loop, parallel
 from flax_cnns.train.state import TrainState
 
@@ -70,6 +68,9 @@ def _make_candidate(
     name: str, args: argparse.Namespace, steps: int, stack: contextlib.ExitStack
 ) -> Callable[[], Any]:
     """Returns a function that takes `args.steps` training steps, `steps` of them in each call."""
+    from flax_cnns.runs import build
+    from flax_cnns.runs.plan import RunPlan
+
     never = {"every": "0 steps"}
     config = configs.complete(
         {

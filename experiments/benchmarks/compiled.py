@@ -14,9 +14,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.benchmarks import plain_flax
 from experiments.benchmarks.flags import parse_positive_int
 from experiments.benchmarks.report import Bars, BenchmarkReport
-from flax_cnns import recipes
 from flax_cnns.analysis.hlo import list_kernels, read_traffic
-from flax_cnns.runs.fit_step import TargetStep
 from flax_cnns.runtime import topologies
 from flax_cnns.train import parallel
 
@@ -68,6 +66,9 @@ def compare_compiled(args: argparse.Namespace, report: BenchmarkReport) -> None:
 
 def trace_ours(devices: list[Any], batch: int, size: int) -> Any:
     """Traces the step of the recipe imagenet_resnet50 in bfloat16."""
+    from flax_cnns import recipes
+    from flax_cnns.runs.fit_step import TargetStep
+
     config = recipes.load(recipes.find("imagenet_resnet50")).get_config()
     config.model.dtype, config.data.image_size = "bfloat16", size
     config.data.batch_size = config.data.eval_batch_size = batch

@@ -108,13 +108,13 @@ class Trainee:
         self._eval = parallel.parallelize(evaluation, self.mesh, mode=mode, donate=False)
 
     def trace(self) -> Any:
-        """Traces the training step; the result has `jaxpr` and `lower()`."""
+        """Traces the training step, not of pmap; the result has `jaxpr` and `lower()`."""
         return self._step.trace(self.state, self.batch, self.key)
 
     def compile(self) -> tuple[Any, float, float]:
         """Returns (the compiled training step, seconds to trace it, seconds to compile it)."""
         began = time.perf_counter()
-        lowered = self.trace().lower()
+        lowered = self._step.lower(self.state, self.batch, self.key)
         traced = time.perf_counter()
         compiled = lowered.compile()
         return compiled, traced - began, time.perf_counter() - traced
