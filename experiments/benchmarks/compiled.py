@@ -106,7 +106,7 @@ def measure(
     """Compiles a step for `target`; returns its bytes per device."""
     report.print_line(f"{name}: compiling for {target.name}")
     began = time.perf_counter()
-    compiled = traced.lower().compile(compiler_options=dict(target.compiler_options))
+    compiled = topologies.compile_for(target, traced.lower())
     text = compiled.as_text()
     traffic = read_traffic(text)
     return {

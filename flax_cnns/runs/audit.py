@@ -16,7 +16,7 @@ from flax_cnns.analysis.audit import Finding
 from flax_cnns.analysis.hlo import read_traffic
 from flax_cnns.errors import UserError
 from flax_cnns.runs.fit_step import TargetStep, format_bytes
-from flax_cnns.runtime.topologies import CompileTarget, make_devices, make_stand_ins
+from flax_cnns.runtime.topologies import CompileTarget, compile_for, make_devices, make_stand_ins
 
 
 class StepAudit(NamedTuple):
@@ -107,7 +107,7 @@ def audit_traces(
             float32_modules=wide,
         )
         if compile and is_synchronized == max(traces.steps):
-            compiled = lowered.compile(compiler_options=dict(target.compiler_options))
+            compiled = compile_for(target, lowered)
             text = compiled.as_text()
             found += audit.check_compiled(text, norms=allowed, float32_modules=wide)
             total = read_traffic(text).collectives.get("all-reduce")

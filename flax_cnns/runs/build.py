@@ -20,6 +20,7 @@ from flax_cnns.data.load import load_dataset
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError
 from flax_cnns.evaluation.exact import evaluate
+from flax_cnns.layers import inside_control_flow
 from flax_cnns.models import registry
 from flax_cnns.runs import own_parts
 from flax_cnns.runs import workdir as workdirs
@@ -285,8 +286,8 @@ def make_train_call(
     components: RunComponents, optimizer: optimizers.Optimizer, steps_per_epoch: float
 ) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
     """Returns the parallelized loop over `train.steps_per_call` training steps (step_calls.py)."""
-    call = step_calls.loop_steps(_make_step(components, optimizer, steps_per_epoch))
-    axes = step_calls.CALL_AXES
+    step = _make_step(components, optimizer, steps_per_epoch)
+    call, axes = step_calls.loop_steps(step, inside_control_flow), step_calls.CALL_AXES
     return parallel.parallelize(call, components.mesh, mode=components.mode, axes=axes)
 
 

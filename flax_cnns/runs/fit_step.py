@@ -31,7 +31,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.runs import own_parts
 from flax_cnns.runs.build import build_components, make_train_step
 from flax_cnns.runs.plan import RunPlan
-from flax_cnns.runtime.topologies import GIB, CompileTarget
+from flax_cnns.runtime.topologies import GIB, CompileTarget, compile_for
 from flax_cnns.train.state import TrainState
 
 # Batches on a device that wait for their step: two in the queue of `loop.prefetch`, and one that
@@ -212,7 +212,7 @@ def compile_step(
     began = time.perf_counter()
     numbers: dict[str, Any]
     try:
-        compiled = lowered.compile(compiler_options={**dict(target.compiler_options), **effort})
+        compiled = compile_for(target, lowered, effort)
     except jax.errors.JaxRuntimeError as error:
         match = _OUT_OF_MEMORY.search(str(error))
         if not match:

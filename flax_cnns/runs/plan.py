@@ -129,13 +129,13 @@ class RunPlan:
 
     @property
     def notes(self) -> list[str]:
-        """What a new run says about its plan: that loops are slow on a CPU."""
+        """What a new run says about its plan: that loops gain little on a CPU."""
         n = self.config.train.steps_per_call
         if n == 1 or self.components.mesh.devices.flat[0].platform != "cpu":
             return []
         return [
-            f"train.steps_per_call={n}: on a CPU, convolutions in a loop are slower than in single"
-            " steps (docs/accelerators.md); set it to 1 unless you test a run for an accelerator"
+            f"train.steps_per_call={n}: on a CPU, a loop of steps is hardly faster than single"
+            " steps, or slower (docs/accelerators.md); 1 is better but for tests of such runs"
         ]
 
     def make_optimizer(self, variables: PyTree) -> optimizers.Optimizer:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -272,6 +273,23 @@ def make_devices(target: CompileTarget) -> list[Any]:
         raise
     assert len(devices) == target.devices, (target, devices)
     return devices
+
+
+def compile_for(target: CompileTarget, lowered: Any, options: Mapping[str, Any] = {}) -> Any:
+    """Compiles a lowered program with the target's compiler options and `options`.
+
+    JAX's persistent cache does not keep the program: JAX could not load it again, because it needs
+    a device for that. The cache would then be called damaged.
+    """
+    import jax
+
+    name = "jax_persistent_cache_min_compile_time_secs"
+    seconds = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        return lowered.compile(compiler_options={**dict(target.compiler_options), **options})
+    finally:
+        jax.config.update(name, seconds)
 
 
 def make_stand_ins(count: int) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -24,18 +25,21 @@ from flax_cnns.types import Array, Batch
 CALL_AXES = {"image": None, "label": None, "rows": 1}
 
 
-def loop_steps(step: Callable) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Any]]:
+def loop_steps(
+    step: Callable, context: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Any]]:
     """Returns `call(state, batch, key) -> (state, sums)`, which takes K training steps in a loop.
 
-    `step` is that of `steps.make_train_step`. batch: {"image" [N H W C] and "label" [N ...]: all
-    training examples; "rows" i32 [K n]: the examples of each step on this device}. The sums have a
-    new first axis [K].
+    `step` is that of `steps.make_train_step`, and is traced in `context()`. batch: {"image"
+    [N H W C] and "label" [N ...]: all training examples; "rows" i32 [K n]: the examples of each
+    step on this device}. The sums have a new first axis [K].
     """
 
     def call(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Any]:
         def take(state: TrainState, rows: Array) -> tuple[TrainState, Any]:
             examples = {name: batch[name][rows] for name in ("image", "label")}
-            return step(state, examples, key)
+            with context():
+                return step(state, examples, key)
 
         return lax.scan(take, state, batch["rows"])
 

@@ -11,7 +11,7 @@ import pytest
 
 from flax_cnns import run
 from flax_cnns.errors import UserError
-from flax_cnns.runs.build import build_components
+from flax_cnns.runs.build import build_components, make_train_call, train_calls
 from flax_cnns.runs.plan import RunPlan
 from flax_cnns.runtime.preemption import Preempted, Signals
 from flax_cnns.train import parallel, step_calls
@@ -57,6 +57,20 @@ def test_calls_train_as_single_steps_do_and_resume_to_the_bit(
         run(config, parts, stop_when=lambda step, metrics: step == 5)
     run(config, parts)
     chex.assert_trees_all_equal(arrays(parts), ours)
+
+
+def test_convolutions_know_that_they_are_in_a_loop(config):
+    """On a CPU, XLA's own convolution is many times slower in a loop."""
+    components = build_components(config)
+    plan = RunPlan(components)
+    state = plan.make_abstract_state()
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    optimizer = plan.make_optimizer(variables)
+    call = make_train_call(components, optimizer, plan.steps_per_epoch)
+    batch = next(train_calls(components, 0, 5))
+    text = call.lower(state, batch, jax.random.key(0)).as_text()
+    assert "stablehlo.while" in text
+    assert "stablehlo.convolution" not in text
 
 
 def test_rows_of_a_call_are_the_batches_of_its_steps(config):

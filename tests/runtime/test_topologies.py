@@ -124,3 +124,26 @@ def test_one_process_at_a_time_uses_libtpu(monkeypatch):
         monkeypatch.setenv(name, "1")  # taken back after the test
     with pytest.raises(UserError, match="another process uses libtpu, which allows one at a time"):
         topologies.make_devices(topologies.find_target("v5e-8"))
+
+
+def test_programs_for_a_target_stay_out_of_the_persistent_cache():
+    """JAX writes no program that compiled in less time than its setting says."""
+
+    def read_limit():
+        return jax.config.jax_persistent_cache_min_compile_time_secs
+
+    class Lowered:
+        def compile(self, compiler_options):
+            if not compiler_options:
+                raise ValueError("refused")
+            return compiler_options, read_limit()
+
+    target = topologies.find_target("v5e-8")._replace(compiler_options=(("a", True),))
+    before = read_limit()
+    options, limit = topologies.compile_for(target, Lowered(), {"b": "1"})
+    assert options == {"a": True, "b": "1"}
+    assert limit == float("inf")
+    assert read_limit() == before < limit
+    with pytest.raises(ValueError, match="refused"):
+        topologies.compile_for(target._replace(compiler_options=()), Lowered())
+    assert read_limit() == before
