@@ -29,7 +29,9 @@ BLOCK_CHANNELS = 32
 MAX_BLOCK_CHANNELS = 128
 SMALL_BLOCK_MAP = 36  # positions: up to this size, matmuls are faster than XLA on blocks of groups
 SMALL_DENSE_MAP = 64  # positions: below this size, matmuls of many channels are faster than XLA
-MIN_SHIFTED_CHANNELS = 32
+MIN_SHIFTED_CHANNELS = 64
+TINY_DENSE_MAP = 9  # positions: below this size, matmuls of fewer channels are faster too
+MIN_TINY_SHIFTED_CHANNELS = 32
 
 
 class Product(NamedTuple):
@@ -63,8 +65,10 @@ class Product(NamedTuple):
     @property
     def is_small_and_deep(self) -> bool:
         """Whether the output map is tiny and has many channels."""
-        small = self.geometry.positions < SMALL_DENSE_MAP
-        return small and self.min_channels >= MIN_SHIFTED_CHANNELS
+        positions = self.geometry.positions
+        tiny = positions < TINY_DENSE_MAP
+        least = MIN_TINY_SHIFTED_CHANNELS if tiny else MIN_SHIFTED_CHANNELS
+        return positions < SMALL_DENSE_MAP and self.min_channels >= least
 
     @property
     def is_rotatable(self) -> bool:

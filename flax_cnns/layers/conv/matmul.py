@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax_cnns.layers.conv.geometry import ConvGeometry
 from flax_cnns.layers.conv.taps import (
     assemble_kernel,
+    fence,
     flatten_positions,
     pad_or_crop,
     pad_to_map,
@@ -85,7 +86,7 @@ def shifted(x: Array, kernel: Array, geometry: ConvGeometry, transposed: bool = 
         tap = kernel[-1 - i, -1 - j] if transposed else kernel[i, j]
         part = multiply(x[source], tap, transposed)
         total = total + pad_to_map(part, target, geometry.out_size)
-    return total
+    return fence(total)  # or each reader would add all taps again
 
 
 def shifted_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:

@@ -6,36 +6,34 @@ products instead of 36, so there are 2.25 times fewer multiplications.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import cast
+from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
 from flax_cnns.layers.conv.geometry import ConvGeometry
-from flax_cnns.layers.conv.matmul import multiply
-from flax_cnns.layers.conv.taps import fence, flatten_positions, pad_or_crop
+from flax_cnns.layers.conv.taps import fence, pad_or_crop
 from flax_cnns.types import Array
 
-Matrix = tuple[tuple[float, ...], ...]
-# A row holds the factors of a weighted sum of inputs.
-_B = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))  # B^T: 4 pixels -> 4
-_G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))  # G: 3 taps -> 4
-_A = ((1, 1, 1, 0), (0, 1, -1, -1))  # A^T: 4 products -> 2 outputs
+# 3 taps -> 4, and 3x3 taps -> 16: a matrix product, because XLA compiles one faster than sums.
+_G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+_G2 = np.kron(_G, _G)
 
 
 def winograd(x: Array, kernel: Array, geometry: ConvGeometry, transposed: bool = False) -> Array:
     """Returns the output; `transposed` is explained in matmul.py.
 
-    An infinite pixel may give NaN where XLA's own convolution gives infinity, because tiles are
-    differences of pixels.
+    An infinite pixel or weight may give NaN where XLA's own convolution gives infinity, because
+    the products are of differences of pixels and of sums of weights.
     """
-    order = (2, 1, 0) if transposed else (0, 1, 2)
-    kernels = fence(_transform(_G, _G, [[kernel[i, j] for j in order] for i in order]))
-    products = [
-        [multiply(p, k, transposed) for p, k in zip(pixels, line)]
-        for pixels, line in zip(_tiles(x, geometry), kernels)
-    ]
-    outputs = fence(_transform(_A, _A, fence(products)))
+    matrix = jnp.asarray(_G2[:, ::-1] if transposed else _G2, kernel.dtype)
+    kernels = fence((matrix @ kernel.reshape(9, -1)).reshape(16, *kernel.shape[2:]))
+    tiles = _cut_tiles(x, geometry)  # [4 4 N th tw C]
+    pixels = tiles.reshape(16, -1, tiles.shape[-1])
+    products = jnp.einsum("apc,aoc->apo" if transposed else "apc,aco->apo", pixels, kernels)
+    products = fence(products.reshape(*tiles.shape[:-1], -1))
+    rows = [_outputs([products[i, j] for i in range(4)]) for j in range(4)]  # of 4 columns
+    outputs = fence([_outputs([column[i] for column in rows]) for i in range(2)])
     y = jnp.stack([jnp.stack(line, 3) for line in outputs], 2)  # [N th 2 tw 2 O]
     n, th, _, tw, _, features = y.shape
     y = y.reshape(n, 2 * th, 2 * tw, features)
@@ -46,45 +44,41 @@ def winograd_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
     """Returns the gradient of the kernel."""
     height, width = geometry.out_size
     dy = fence(pad_or_crop(dy, ((0, height % 2), (0, width % 2))))  # to even sizes
-    outputs = [[dy[:, i::2, j::2] for j in range(2)] for i in range(2)]
-    outputs = fence(_transform(_transpose(_A), _transpose(_A), outputs))
-    products = [
-        [flatten_positions(a).T @ flatten_positions(b) for a, b in zip(pixels, line)]
-        for pixels, line in zip(_tiles(x, geometry), outputs)
-    ]
-    taps = _transform(_transpose(_G), _transpose(_G), fence(products))
-    return jnp.stack([jnp.stack(line) for line in taps])
+    lines = fence(jnp.stack(_spread([dy[:, i::2] for i in range(2)])))
+    outputs = fence(jnp.stack(_spread([lines[:, :, :, j::2] for j in range(2)]), 1))
+    tiles = _cut_tiles(x, geometry)
+    pixels = tiles.reshape(16, -1, tiles.shape[-1])
+    products = jnp.einsum("apc,apo->aco", pixels, outputs.reshape(16, -1, outputs.shape[-1]))
+    taps = jnp.asarray(_G2.T, products.dtype) @ products.reshape(16, -1)
+    return taps.reshape(3, 3, *products.shape[1:])
 
 
-def _tiles(x: Array, geometry: ConvGeometry) -> list[list[Array]]:
-    """Returns the transformed pixels of all tiles, as 4x4 arrays [N tiles_h tiles_w C]."""
+def _cut_tiles(x: Array, geometry: ConvGeometry) -> Array:
+    """Returns the transformed pixels of all tiles, [4 4 N tiles_h tiles_w C].
+
+    Rows come first, then columns, each in one fused loop. The fences keep XLA from computing the
+    rows again for each column. Six axes make its loops fast: with all positions in one axis, the
+    loops would compute indices.
+    """
     th, tw = -(-geometry.out_size[0] // 2), -(-geometry.out_size[1] // 2)
     (height, width), ((top, _), (left, _)) = geometry.in_size, geometry.padding
     below, right = 2 * th + 2 - height - top, 2 * tw + 2 - width - left
     x = fence(pad_or_crop(x, ((top, below), (left, right))))
-    pixels = [
-        [x[:, i : i + 2 * th - 1 : 2, j : j + 2 * tw - 1 : 2] for j in range(4)] for i in range(4)
-    ]
-    # The fences and the four axes make XLA's loops fast: with all positions in one axis, the loops
-    # would compute indices.
-    return fence(_transform(_B, _B, pixels))
+    rows = fence(jnp.stack(_differences([x[:, i : i + 2 * th - 1 : 2] for i in range(4)])))
+    columns = [rows[:, :, :, j : j + 2 * tw - 1 : 2] for j in range(4)]
+    return fence(jnp.stack(_differences(columns), 1))
 
 
-def _transpose(matrix: Matrix) -> Matrix:
-    return tuple(zip(*matrix))
+def _differences(d: Sequence[Array]) -> list[Array]:
+    """Returns B^T d: of 4 pixels, 4 sums and differences."""
+    return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
 
 
-def _transform(left: Matrix, right: Matrix, grid: list[list[Array]]) -> list[list[Array]]:
-    """Returns left @ grid @ right^T, where the entries of the grid are arrays."""
-    half = [[_combine(row, column) for column in zip(*grid)] for row in left]
-    return [[_combine(row, line) for row in right] for line in half]
+def _outputs(m: Sequence[Array]) -> list[Array]:
+    """Returns A^T m: of 4 products, 2 outputs."""
+    return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
 
 
-def _combine(factors: Sequence[float], arrays: Iterable[Array]) -> Array:
-    """Returns the sum of the arrays times their factors, at least one of which is not 0."""
-    total: Array | None = None
-    for factor, x in zip(factors, arrays):
-        if factor:
-            term = x if factor == 1 else -x if factor == -1 else jnp.asarray(factor, x.dtype) * x
-            total = term if total is None else total + term
-    return cast(Array, total)
+def _spread(y: Sequence[Array]) -> list[Array]:
+    """Returns A y: of 2 outputs' gradients, those of 4 products."""
+    return [y[0], y[0] + y[1], y[0] - y[1], -y[1]]
