@@ -12,6 +12,7 @@ python -m experiments.benchmark explain --model=resnet18
 python -m experiments.benchmark corruptions --model=cifar_resnet20
 python -m experiments.benchmark crops --model=cifar_resnet20
 python -m experiments.benchmark calls --model=lenet5 --steps=10
+python -m experiments.benchmark seeds --model=lenet5 --seeds=8
 python -m experiments.benchmark learn --models=lenet5
 python -m experiments.benchmark compiled --topology=h100 --device=cpu
 python -m experiments.benchmark gpu --out=gpu.csv
@@ -54,6 +55,7 @@ from experiments.benchmarks import (
     inputs,
     learning,
     savings,
+    seeds,
     torch_side,
     training,
 )
@@ -141,6 +143,9 @@ COMMANDS = {
         calls.COLUMNS,
         calls.add_call_flags,
         calls.measure_calls,
+    ),
+    "seeds": Command(
+        "Several seeds in one program", seeds.COLUMNS, seeds.add_seed_flags, seeds.measure_seeds
     ),
     "compiled": Command(
         "Compiled training step of ResNet-50 against plain Flax",

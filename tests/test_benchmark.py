@@ -10,6 +10,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from experiments.benchmarks import (
     crops,
     learning,
     savings,
+    seeds,
     torch_side,
     training,
 )
@@ -189,11 +191,44 @@ def test_skipped_and_masked_branches_compute_the_same():
 def test_compile(run, monkeypatch):
     one_stage = partial(CifarResNet, depths=(3,), widths=(2,), input_size=(8, 8, 3))
     monkeypatch.setattr(training, "make_network", lambda name, args, **fields: one_stage(**fields))
-    code, _, _, found = run("compile", "--batch=4")
+    programs, compile_step = [], training.Trainee.compile
+
+    def compile_and_keep(trainee):
+        result = compile_step(trainee)
+        programs.append(result[0].as_text().count(" convolution("))
+        return result
+
+    monkeypatch.setattr(training.Trainee, "compile", compile_and_keep)
+    code, _, _, found = run("compile", "--batch=4", "--stock")
     assert code == 0
     assert [row["scan"] for row in found["rows"]] == [False, True]
-    for row in found["rows"]:
+    for row, (ours, stock) in zip(found["rows"], (programs[:2], programs[2:])):
         assert row["seconds"] == row["trace_seconds"] + row["compile_seconds"] > 0
+        assert row["stock_ratio"] == row["compile_seconds"] / row["stock_compile_seconds"]
+        assert (ours < stock) == row["scan"]  # of so few channels, only loops have ours
+
+
+@pytest.mark.slow
+def test_seeds(run, monkeypatch):
+    make = seeds.make_candidates
+
+    def make_and_compare(*arguments):
+        candidates = make(*arguments)
+        states, together = (take() for take in candidates.values())
+        for seed, state in enumerate(states):
+            ours = jax.tree.map(lambda x, seed=seed: x[seed], together)
+            chex.assert_trees_all_close(ours.params, state.params, rtol=1e-4, atol=1e-6)
+        first, second = (jax.tree.leaves(state.params)[0] for state in states)
+        assert not np.allclose(first, second)
+        return candidates
+
+    tiny = CifarResNet(depths=(1,), widths=(2,), input_size=(8, 8, 3))
+    monkeypatch.setattr(seeds, "create_network", lambda name: tiny)
+    monkeypatch.setattr(seeds, "make_candidates", make_and_compare)
+    code, _, _, found = run("seeds", "--model=tiny", "--batch=2", "--seeds=2")
+    assert code == 0
+    assert [row["how"] for row in found["rows"]] == ["one by one", "vmap"]
+    assert found["rows"][1]["ratio"]["median"] > 0
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import unittest.mock
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,6 @@ from experiments.benchmarks.shapes import ConvShape, make_arrays
 from flax_cnns import tree as pytree
 from flax_cnns.analysis.timing import time_candidates
 from flax_cnns.errors import UserError, did_you_mean
-from flax_cnns.layers.conv import module as conv_module
 from flax_cnns.models.registry import init_variables
 
 INSTALL = 'PyTorch is not installed: pip install -e ".[bench]" brings torch, torchvision and timm'
@@ -197,9 +195,7 @@ def compare_with_torch(args: argparse.Namespace, report: BenchmarkReport) -> Non
             )
             candidates["compiled"] = make_torch_step(torch, compiled, batch, device, args.dtype)
         if args.stock:
-            # While the step is traced, our convolution is replaced by the one that nn.Conv calls.
-            library = jax.lax.conv_general_dilated
-            with unittest.mock.patch.object(conv_module, "conv_general_dilated", library):
+            with training.replace_convolution():
                 stock = training.Trainee(model, args.batch, devices=jax.devices()[:1])
                 candidates["nn.Conv"] = stock.make_train_call(stock.compile()[0])
         times = time_candidates(

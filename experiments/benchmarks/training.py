@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
+import unittest.mock
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from flax_cnns.analysis.cost import cost
 from flax_cnns.analysis.timing import time_candidates
 from flax_cnns.data.augment import make_normalize
 from flax_cnns.data.mix import make_mix
+from flax_cnns.layers.conv import module as conv_module
 from flax_cnns.models.registry import create_model, init_variables
 from flax_cnns.train import optimizers, parallel, schedules, steps
 from flax_cnns.train.state import TrainState
@@ -271,7 +274,7 @@ def measure_network(
 
 # ---------------------------------------------------------------------------- compile
 
-COMPILE_COLUMNS = ("model", "scan", "trace", "compile", "together", "init")
+COMPILE_COLUMNS = ("model", "scan", "trace", "compile", "together", "init", "nn.Conv compiles in")
 
 
 def add_compile_flags(parser: argparse.ArgumentParser) -> None:
@@ -284,6 +287,15 @@ def add_compile_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", type=parse_dtype, default="float32", help="float32 or bfloat16")
     parser.add_argument("--scan", default="both", choices=("both", "on", "off"))
+    parser.add_argument(
+        "--stock", action="store_true", help="also compile our network with nn.Conv's convolution"
+    )
+
+
+def replace_convolution() -> contextlib.AbstractContextManager[Any]:
+    """In this context, a network that is traced has nn.Conv's convolution in place of ours."""
+    library = jax.lax.conv_general_dilated
+    return unittest.mock.patch.object(conv_module, "conv_general_dilated", library)
 
 
 def measure_compilation(args: argparse.Namespace, report: BenchmarkReport) -> None:
@@ -305,7 +317,15 @@ def measure_compilation(args: argparse.Namespace, report: BenchmarkReport) -> No
             seconds = (traced, compiled, traced + compiled, trainee.init_seconds)
             keys = ("trace_seconds", "compile_seconds", "seconds", "init_seconds")
             row = {"model": name, "scan": scan, "batch": args.batch, **dict(zip(keys, seconds))}
-            cells = (name, "on" if scan else "off", *(f"{value:.1f} s" for value in seconds))
+            stock = "-"
+            if args.stock:
+                report.print_line(f"{name}, scan={scan}, with nn.Conv: compiling")
+                jax.clear_caches()
+                with replace_convolution():
+                    row["stock_compile_seconds"] = trainee.compile()[2]
+                row["stock_ratio"] = compiled / row["stock_compile_seconds"]
+                stock = f"{row['stock_compile_seconds']:.1f} s ({row['stock_ratio']:.2f})"
+            cells = (name, "on" if scan else "off", *(f"{value:.1f} s" for value in seconds), stock)
             report.add(row, cells)
     labels = [f"{row['model']}{', scan' if row['scan'] else ''}" for row in report.rows]
     report.bars = Bars(
