@@ -4,6 +4,7 @@ python -m experiments.benchmark step --model=resnet18,resnet50 --batch=32 --size
 python -m experiments.benchmark conv --stage='resnext*'
 python -m experiments.benchmark vs-torch --model=resnet18 --batch=32 --size=64
 python -m experiments.benchmark pipeline --config=configs/digits_lenet5.py
+python -m experiments.benchmark input --images=photos --images-per-second=3000
 python -m experiments.benchmark cond
 python -m experiments.benchmark compile --model=cifar_resnet110
 python -m experiments.benchmark frozen --model=resnet18 --size=64
@@ -52,6 +53,7 @@ from experiments.benchmarks import (
     explain,
     flags,
     gpu,
+    input_stages,
     inputs,
     learning,
     savings,
@@ -91,6 +93,13 @@ COMMANDS = {
     ),
     "pipeline": Command(
         "Input pipeline", inputs.COLUMNS, inputs.add_pipeline_flags, inputs.measure_pipeline
+    ),
+    "input": Command(
+        "Stages of the input pipeline on one core",
+        input_stages.COLUMNS,
+        input_stages.add_input_flags,
+        input_stages.measure_input,
+        None,
     ),
     "vs-torch": Command(
         "Training step against PyTorch",

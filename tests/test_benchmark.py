@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from experiments.benchmarks import (
     convolutions,
     corruptions,
     crops,
+    input_stages,
     learning,
     savings,
     seeds,
@@ -206,6 +209,52 @@ def test_compile(run, monkeypatch):
         assert row["seconds"] == row["trace_seconds"] + row["compile_seconds"] > 0
         assert row["stock_ratio"] == row["compile_seconds"] / row["stock_compile_seconds"]
         assert (ours < stock) == row["scan"]  # of so few channels, only loops have ours
+
+
+def test_input(run, monkeypatch):
+    missing = ImportError("no", name="a_package")
+
+    def make_missing(root, batch, size):
+        raise missing
+
+    def make_other(root, batch, size):
+        assert len(list(root.glob("*/*.jpg"))) == 8
+        return lambda: (i for i in range(100))
+
+    others = dict(make_torchvision=make_missing, make_opencv=make_other, make_tf_data=make_missing)
+    for name, make in others.items():
+        monkeypatch.setattr(input_stages, name, make)
+    flags = ["--rounds=2", "--batches=1", "--batch=2", "--jpegs=8", "--size=16"]
+    flags += ["--jpeg-size=40x30", "--images-per-second=100"]
+    cores = os.sched_getaffinity(0)
+    code, out, _, found = run("input", *flags, quick=False)
+    assert code == 0
+    assert os.sched_getaffinity(0) == cores
+    assert [row["what"] for row in found["rows"]] == [*input_stages.STAGES, "Grain + OpenCV"]
+    assert "tf.data: skipped, a_package is not installed" in out
+    stages = found["rows"][:-1]
+    whole = stages[-1]["seconds_per_image"]
+    assert sum(row["stage_seconds"] for row in stages) == pytest.approx(whole)
+    assert stages[-1]["cores"] == pytest.approx(100 * whole)
+    assert found["rows"][-1]["over_ours"]["median"] < 1
+    assert re.search(r"100 images/s need \d+ cores? like this one", out)
+
+
+def test_a_loader_is_timed_after_what_it_read_ahead():
+    clock, closed = [], []
+
+    def make(name):
+        try:
+            for i in itertools.count():
+                clock.append((name, i))
+                yield i
+        finally:
+            closed.append(name)
+
+    times = input_stages.time_streams({n: partial(make, n) for n in "ab"}, rounds=2, batches=4)
+    assert closed == ["a", "b", "a", "b"]
+    assert clock == [(n, i) for n in "abab" for i in range(input_stages.READ_AHEAD + 4)]
+    assert {name: len(rounds) for name, rounds in times.seconds.items()} == {"a": 2, "b": 2}
 
 
 @pytest.mark.slow
