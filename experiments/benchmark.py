@@ -16,13 +16,14 @@ python -m experiments.benchmark calls --model=lenet5 --steps=10
 python -m experiments.benchmark seeds --model=lenet5 --seeds=8
 python -m experiments.benchmark learn --models=lenet5
 python -m experiments.benchmark compiled --topology=h100 --device=cpu
+python -m experiments.benchmark zoo --out=zoo.csv
 python -m experiments.benchmark gpu --out=gpu.csv
 
 Candidates run in turn, A B A B. A time is the median over the rounds. A ratio is the median of the
 rounds' ratios, shown with the smallest and the largest. Every command prints a table and writes two
 files: a JSON file with each round, the versions and the device, and a bar chart next to it. PyTorch
-is optional: pip install -e ".[bench]". `gpu` measures many things in processes of their own, and
-writes one CSV file, with which a killed command goes on.
+is optional: pip install -e ".[bench]". `zoo` and `gpu` measure many things in processes of their
+own, and write one CSV file, with which a killed command goes on.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ from experiments.benchmarks import (
     seeds,
     torch_side,
     training,
+    zoo,
 )
 from experiments.benchmarks.report import BenchmarkReport
 from flax_cnns.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
@@ -170,6 +172,14 @@ COMMANDS = {
         learning.measure_learning,
         None,
     ),
+    "zoo": Command(
+        "One network of each family against PyTorch",
+        zoo.COLUMNS,
+        zoo.add_zoo_flags,
+        zoo.measure_zoo,
+        None,
+        writes_json=False,
+    ),
     "gpu": Command(
         "What to measure on a GPU", (), gpu.add_gpu_flags, gpu.measure_gpu, 0.5, writes_json=False
     ),
@@ -216,7 +226,7 @@ def make_parser() -> argparse.ArgumentParser:
             help="the JSON file, with the chart next to it; none: write nothing; if not "
             "given, runs/benchmarks/COMMAND-TIME.json"
             if command.writes_json
-            else f"the CSV file; if not given, {gpu.DEFAULT_OUT}",
+            else f"the CSV file; if not given, runs/benchmarks/{name}.csv",
         )
         sub.add_argument(
             "--compilation-cache",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import itertools
 import json
@@ -29,11 +30,15 @@ from experiments.benchmarks import (
     seeds,
     torch_side,
     training,
+    zoo,
+    zoo_networks,
 )
+from experiments.benchmarks.gpu_table import FAILED, Measure
 from experiments.benchmarks.shapes import SHAPES
 from flax_cnns.analysis import device
 from flax_cnns.models.cifar_resnet import CifarResNet
 from flax_cnns.models.registry import FAMILIES, list_models
+from flax_cnns.runs.audit_table import NETWORKS
 from flax_cnns.runtime.topologies import CompileTarget
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -255,6 +260,60 @@ def test_a_loader_is_timed_after_what_it_read_ahead():
     assert closed == ["a", "b", "a", "b"]
     assert clock == [(n, i) for n in "abab" for i in range(input_stages.READ_AHEAD + 4)]
     assert {name: len(rounds) for name, rounds in times.seconds.items()} == {"a": 2, "b": 2}
+
+
+def make_zoo_measures(ratio):
+    measures = [Measure(n, 1.0, "s") for n in ("tracing", "lowering", "XLA")]
+    measures.append(Measure("memory of the training step", 10**9, "bytes"))
+    for kind in ("training", "inference"):
+        measures.append(Measure(f"{kind}, ours", 0.5, "s", 0.4, 0.6))
+        if ratio:
+            measures.append(Measure(f"{kind}, ours / PyTorch", ratio, "", 0.9, 3.0))
+    return measures
+
+
+def test_zoo_goes_on_and_names_the_slowest(tmp_path, capsys, monkeypatch):
+    measured, ratios = [], {"resnet": 1.25, "vgg": 2.5, "lenet": None}
+
+    def measure(name, settings, table):
+        measured.append(name)
+        if name == "vgg" and measured.count("vgg") == 1:
+            table.add(zoo.PART, name, [], seconds=1.0, status=FAILED, note="exit code 1")
+        else:
+            found = [] if name == zoo.MACHINE else make_zoo_measures(ratios[name])
+            table.add(zoo.PART, name, found, seconds=30.0)
+
+    monkeypatch.setattr(zoo, "_measure_in_process", measure)
+    flags = ["zoo", "--families=resnet,lenet,vgg", f"--out={tmp_path / 'z.csv'}"]
+    assert benchmark.main(flags) == 1
+    assert "failed: vgg; --retry measures them again" in capsys.readouterr().out
+    assert benchmark.main([*flags, "--retry"]) == 0
+    assert measured == [zoo.MACHINE, "resnet", "lenet", "vgg", "vgg"]
+    out = capsys.readouterr().out
+    assert "1 left, about 0 minutes, by the networks so far" in out
+    assert "slowest training steps, ours / PyTorch: vgg11_bn 2.50, resnet50 1.25" in out
+    assert (tmp_path / "z.png").stat().st_size > 0
+    assert benchmark.main(["zoo", "--families=resent", f"--out={tmp_path / 'z.csv'}"]) == 2
+    assert "did you mean 'resnet'" in capsys.readouterr().err
+
+
+def test_the_zoo_has_a_network_of_each_family():
+    assert set(zoo_networks.NETWORKS) == set(NETWORKS)
+
+
+@pytest.mark.slow
+def test_zoo_measures_in_processes(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(zoo, "NETWORKS", {"lenet": zoo_networks.ZooNetwork("lenet5", 2)})
+    monkeypatch.setattr(zoo, "MACHINE", "broken")  # a job without a network
+    path = tmp_path / "z.csv"
+    assert benchmark.main(["zoo", "--rounds=1", f"--out={path}"]) == 1
+    rows = {r["measure"]: r for r in csv.DictReader(path.open()) if r["case"] == "lenet"}
+    parts = [float(rows[name]["value"]) for name in ("tracing", "lowering", "XLA")]
+    assert all(0 < part < 100 for part in parts)
+    assert rows["parameters"]["value"] == "61706"
+    assert 0 < float(rows["training, ours"]["low"]) <= float(rows["training, ours"]["high"])
+    assert rows["training, ours"]["note"] == "PyTorch has no such network"
+    assert "broken: exit code 1" in capfd.readouterr().out
 
 
 @pytest.mark.slow

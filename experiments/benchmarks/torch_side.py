@@ -278,3 +278,20 @@ def make_torch_step(
         return wait
 
     return step
+
+
+def make_torch_inference(
+    torch: Any, model: Any, batch: dict[str, np.ndarray], device: str
+) -> Callable[[], Any]:
+    """Returns a call of the forward pass in evaluation mode, in channels_last and float32."""
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    images = torch.from_numpy(np.ascontiguousarray(batch["image"].transpose(0, 3, 1, 2)))
+    images = images.to(device, memory_format=torch.channels_last)
+    wait = make_wait(torch, device)
+
+    def infer() -> Callable[[], None]:
+        with torch.no_grad():
+            model(images.float() / 255)
+        return wait
+
+    return infer
