@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from flax_cnns import config as configs
 from flax_cnns.errors import EXIT_FAULT, EXIT_PREEMPTED, UserError
-from flax_cnns.runtime import launch
+from flax_cnns.runtime import cluster, launch
 
 FLAGS = flags.FLAGS
 
@@ -24,7 +24,7 @@ def search_tune(config: Any) -> int:
     """
     from flax_cnns.studies.search.tuning import tuner
 
-    is_one_of_several = tuner.is_one_of_several(os.environ)
+    is_one_of_several = cluster.is_one_of_several(os.environ)
     if not is_one_of_several:
         import jax
 

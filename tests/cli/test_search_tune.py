@@ -10,6 +10,7 @@ import pytest
 from configs import search_digits
 from flax_cnns.cli import search_tune
 from flax_cnns.errors import EXIT_FAULT, EXIT_PREEMPTED, UserError
+from flax_cnns.runtime import cluster, launch
 from flax_cnns.studies.search.tuning import (
     comparison,
     report,
@@ -104,8 +105,8 @@ def test_report_does_nothing_else(run, other):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_of_several_processes_the_first_one_writes(run, monkeypatch, index):
-    monkeypatch.setattr(tuner, "is_one_of_several", lambda _: True)
-    monkeypatch.setattr(tuner.launch, "initialize", lambda: None)
+    monkeypatch.setattr(cluster, "is_one_of_several", lambda _: True)
+    monkeypatch.setattr(launch, "initialize", lambda: None)
     monkeypatch.setattr(jax, "process_index", lambda: index)
     reports = [] if index else ["report"]
     assert names(run()[1]) == ["tune", *reports]

@@ -26,12 +26,13 @@ from flax_cnns.errors import UserError
 from flax_cnns.files import write_text
 from flax_cnns.runs.build import initialize_jax
 from flax_cnns.runs.metric import Metric, make_metric
+from flax_cnns.runtime import cluster
 from flax_cnns.studies.search.tuning.pruners import check_pruner
 from flax_cnns.studies.search.tuning.reading import read_study
 from flax_cnns.studies.search.tuning.records import StudyRecord
 from flax_cnns.studies.search.tuning.samplers import check_sampler
 from flax_cnns.studies.search.tuning.storage import read_trials
-from flax_cnns.studies.search.tuning.tuner import is_one_of_several, is_writer, tune
+from flax_cnns.studies.search.tuning.tuner import is_writer, tune
 from flax_cnns.train.progress import format_duration
 
 POINTS = 200  # of a curve
@@ -74,7 +75,7 @@ def compare_methods(
     for method in methods:
         check_sampler(method.sampler)
         check_pruner(method.pruner)
-    if is_one_of_several(os.environ):
+    if cluster.is_one_of_several(os.environ):
         initialize_jax(config)
     say = print if is_writer() else lambda _: None
     total, seconds, steps = len(methods) * seeds, 0.0, 0

@@ -24,7 +24,7 @@ from flax_cnns.errors import EXIT_PREEMPTED, UserError
 from flax_cnns.names import make_console
 from flax_cnns.runs import child
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runtime import launch, output
+from flax_cnns.runtime import cluster, output
 from flax_cnns.runtime.preemption import Preempted
 from flax_cnns.studies.ablation import forecast
 from flax_cnns.studies.ablation.plan import SweepRow
@@ -87,7 +87,7 @@ def tune(
     workdirs.check_location(folder)
     options = dict(sampler=sampler, pruner=pruner, metric=metric, seed=seed, first=first)
     folder = pathlib.Path(folder)
-    if is_one_of_several(os.environ):
+    if cluster.is_one_of_several(os.environ):
         from flax_cnns.studies.search.tuning import together
 
         return together.tune_together(
@@ -119,20 +119,12 @@ def tune(
     return make_result(study, records)
 
 
-def is_one_of_several(environment: Mapping[str, str]) -> bool:
-    """Whether this process is one of several of a run. JAX is not asked, as it would open the
-    devices; so a TPU pod is not recognized."""
-    if environment.get(launch.COORDINATOR):
-        return environment.get(launch.NUM_PROCESSES, "") != "1"
-    return launch.find_cluster(environment) in ("SLURM", "Open MPI", "Kubernetes")
-
-
 def is_writer() -> bool:
     """Whether this process writes the files of a search: alone, or as process 0 of several.
 
     If it is one of several, `tune` or `launch.initialize` must have connected them.
     """
-    if not is_one_of_several(os.environ):
+    if not cluster.is_one_of_several(os.environ):
         return True
     import jax  # late: to ask it opens the devices
 

@@ -89,7 +89,7 @@ def kill_at_random(search, name, rng, kills, **options):
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 @pytest.mark.parametrize(
     ("sampler", "pruner", "trials", "kills"),
-    [("tpe", "hyperband", 13, 5), ("qmc", "median", 9, 2)],
+    [("tpe", "hyperband", 13, 5), ("qmc", "median", 9, 5)],
 )
 def test_a_search_that_is_killed_has_the_same_trials(search, sampler, pruner, trials, kills):
     """TPE draws by the trials before from the eleventh on, the median prunes from the sixth on."""
