@@ -51,7 +51,7 @@ NETWORKS = {  # by family
     "sparse_densenet": ZooNetwork("sparse_densenet_abc", 16),
     "fractalnet": ZooNetwork("fractalnet_20_droppath", 16),
     "googlenet": ZooNetwork("googlenet_tv_aux", 8, 96, "googlenet"),
-    "inception_v3": ZooNetwork("inception_v3", 4, 139, "inception_v3"),
+    "inception_v3": ZooNetwork("inception_v3", 2, 299, "inception_v3"),
     "inception_v4": ZooNetwork("inception_v4", 4, 139, "inception_v4"),
     "inception_resnet": ZooNetwork("inception_resnet_v2", 4, 139, "inception_resnet_v2"),
     "efficientnet": ZooNetwork("efficientnet_b0", 8, 96, "efficientnet_b0"),
