@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -227,6 +228,7 @@ def test_input(run, monkeypatch):
         return lambda: (i for i in range(100))
 
     others = dict(make_torchvision=make_missing, make_opencv=make_other, make_tf_data=make_missing)
+    others["make_by_opencv"] = make_missing
     for name, make in others.items():
         monkeypatch.setattr(input_stages, name, make)
     flags = ["--rounds=2", "--batches=1", "--batch=2", "--jpegs=8", "--size=16"]
@@ -418,13 +420,17 @@ def test_every_family_learns_by_a_network_that_is_registered():
 
 def test_pipeline(run):
     flags = ["--mock=20", "--batches=2", "--batch=4", "--jpegs=20", "--size=16"]
-    code, _, _, found = run("pipeline", *flags, "--source=config,folder,arrays")
+    flags += ["--images-per-second=1000000"]
+    code, out, _, found = run("pipeline", *flags, "--source=config,folder,arrays")
     assert code == 0
     mock, folder, arrays = found["rows"]
     assert (arrays["examples"], len(arrays["speed_over_config"])) == (18, 3)  # 2 are for validation
     assert mock["in_memory"]
     assert not folder["in_memory"]
     assert folder["image_shape"] == [16, 16, 3]
+    cores = folder["processor_seconds_per_image"] * 1e6
+    assert folder["cores"] == pytest.approx(cores)
+    assert f"1,000,000 images/s need {math.ceil(cores)} cores like these" in out
     for row in (mock, folder, arrays):
         assert row["images_per_second"] == pytest.approx(2 * 4 / row["median"])
 

@@ -29,7 +29,8 @@ CROP = (0.08, 1.0)  # the share of the area of a random crop
 STAGES = ("read", "decode", "crop and resize", "batch", "copy to the device")
 OURS = STAGES[3]  # what the other loaders do too
 READ_AHEAD = 3  # batches; ours reads two ahead
-LOADERS = ("torchvision", "Grain + OpenCV", "tf.data")
+BY_OPENCV = "flax_cnns, opencv"  # data.decoder
+LOADERS = (BY_OPENCV, "torchvision", "Grain + OpenCV", "tf.data")
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +71,8 @@ def measure_input(args: argparse.Namespace, report: BenchmarkReport) -> None:
         else:
             write_jpegs(root, args.jpegs, args.jpeg_size)
         candidates = make_stages(root, args.batch, args.size)
-        for name, make in zip(LOADERS, (make_torchvision, make_opencv, make_tf_data)):
+        makers = make_by_opencv, make_torchvision, make_opencv, make_tf_data
+        for name, make in zip(LOADERS, makers):
             try:
                 candidates[name] = make(root, args.batch, args.size)
             except ImportError as error:
@@ -166,10 +168,7 @@ def make_stages(root: Path, batch: int, size: int) -> dict[str, Callable[[], Ite
     """Returns {stage: a function that starts its batches, with the stages before it}."""
     from PIL import Image
 
-    from flax_cnns.config import default_config
-    from flax_cnns.data import pipeline
     from flax_cnns.data.images import convert_channels, random_box, read_box
-    from flax_cnns.data.load import load_dataset
 
     files = itertools.cycle(sorted(root.glob("*/*.jpg")))
     rng = np.random.default_rng(0)
@@ -192,14 +191,7 @@ def make_stages(root: Path, batch: int, size: int) -> dict[str, Callable[[], Ite
     def open_image(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data))
 
-    config = default_config().data
-    config.update(name="folder", source="folder", dir=str(root), batch_size=batch)
-    config.update(in_memory="no", image_size=size, validation=0.0, threads=1, workers=0)
-    config.augment.random_resized_crop = CROP
-    dataset = load_dataset(config)
-
-    def load() -> Iterator[Any]:
-        yield from pipeline.train_batches(dataset, config, seed=0)
+    load = make_loader(root, batch, size, "pillow")
 
     def copy() -> Iterator[Any]:
         with contextlib.closing(load()) as batches:
@@ -214,6 +206,26 @@ def make_stages(root: Path, batch: int, size: int) -> dict[str, Callable[[], Ite
         copy,
     )
     return dict(zip(STAGES, starts))
+
+
+def make_loader(root: Path, batch: int, size: int, decoder: str) -> Callable[[], Iterator[Any]]:
+    """Returns what starts our batches of random crops, decoded in one thread."""
+    from flax_cnns.config import default_config
+    from flax_cnns.data import pipeline
+    from flax_cnns.data.load import load_dataset
+
+    config = default_config().data
+    config.update(name="folder", source="folder", dir=str(root), batch_size=batch)
+    config.update(in_memory="no", image_size=size, validation=0.0, threads=1, workers=0)
+    config.decoder = decoder
+    config.augment.random_resized_crop = CROP
+    dataset = load_dataset(config)
+    return lambda: (each for each in pipeline.train_batches(dataset, config, seed=0))
+
+
+def make_by_opencv(root: Path, batch: int, size: int) -> Callable[[], Iterator[Any]]:
+    """Returns what starts our batches with `data.decoder="opencv"`, which is antialiased."""
+    return make_loader(root, batch, size, "opencv")
 
 
 def make_torchvision(root: Path, batch: int, size: int) -> Callable[[], Iterator[Any]]:

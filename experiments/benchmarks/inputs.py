@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import math
+import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,15 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="EXIF orientation of the JPEGs",
     )
+    parser.add_argument(
+        "--decoder", choices=("pillow", "opencv"), default="", help="if not given, the config's"
+    )
+    parser.add_argument(
+        "--images-per-second",
+        type=parse_positive_int,
+        default=1000,
+        help="what a device needs; a line says how many cores give it",
+    )
     parser.add_argument("--threads", type=int, default=0, help="decoding threads; 0: the config's")
     parser.add_argument(
         "--workers", type=int, default=-1, help="worker processes; -1: the config's"
@@ -87,15 +99,18 @@ def measure_pipeline(args: argparse.Namespace, report: BenchmarkReport) -> None:
             if source == "arrays":
                 datasets = {"config": dataset, source: _as_arrays(dataset, config)}
                 dataset = datasets[source]
-            candidates = {}
+            candidates: dict[str, Any] = {}
+            processor: list[float] = []  # seconds of all threads for each call
             for name, candidate in datasets.items():
                 batches = stack.enter_context(
                     contextlib.closing(pipelines.train_batches(candidate, config, seed=0))
                 )
 
-                def take_batches(batches: Any = batches) -> Any:
+                def take_batches(batches: Any = batches, processor: Any = processor) -> Any:
+                    began = time.process_time()
                     for _ in itertools.islice(batches, args.batches):
                         pass
+                    processor.append(time.process_time() - began)
 
                 candidates[name] = take_batches
             times = time_candidates(
@@ -117,6 +132,8 @@ def measure_pipeline(args: argparse.Namespace, report: BenchmarkReport) -> None:
                 "images_per_second": speed,
                 **times.as_dict()[source],
             }
+            if not config.workers and source != "arrays":
+                report.print_line(_describe_cores(source, processor, images, args, row))
             ratio = times.ratio("config", source) if len(datasets) > 1 else None
             if ratio is not None:
                 row["speed_over_config"] = list(ratio)
@@ -135,6 +152,19 @@ def measure_pipeline(args: argparse.Namespace, report: BenchmarkReport) -> None:
         [row["source"] for row in report.rows],
         {"": [row["images_per_second"] for row in report.rows]},
         "images per second",
+    )
+
+
+def _describe_cores(
+    source: str, seconds: list[float], images: int, args: argparse.Namespace, row: dict[str, Any]
+) -> str:
+    """Adds the processor time of an image to `row`, and returns the cores that a device needs."""
+    each = statistics.median(seconds) / images
+    row["processor_seconds_per_image"], row["cores"] = each, each * args.images_per_second
+    cores = math.ceil(row["cores"])
+    return (
+        f"{source}: {each * 1e6:,.0f} µs of processor time for an image;"
+        f" {args.images_per_second:,} images/s need {cores} core{'s' * (cores > 1)} like these"
     )
 
 
@@ -175,6 +205,8 @@ def _data_config(args: argparse.Namespace) -> Any:
         raise UserError(f"--config: {error}") from None
     if args.batch:
         data.batch_size = args.batch
+    if args.decoder:
+        data.decoder = args.decoder
     if args.mock:
         data.mock = args.mock
     if args.threads:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from absl import flags
 
-from flax_cnns.config.fields import STRATEGY, TABLE, Field, Section, walk
+from flax_cnns.config.entries import Field, Section
+from flax_cnns.config.fields import STRATEGY, TABLE, walk
 from flax_cnns.errors import UserError, did_you_mean
 
 _VALUES = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from flax_cnns.config.fields import IN_ALL_RUNS, STRATEGY, TABLE, Field, Section, walk
+from flax_cnns.config.entries import IN_ALL_RUNS, Field, Section
+from flax_cnns.config.fields import STRATEGY, TABLE, walk
 
 HEAD = """# Config fields
 

@@ -121,6 +121,12 @@ EFFECTS: dict[str, Effect] = {
     "data.image_size": _needs_reading(),
     "data.channels": _needs_reading(),
     "data.in_memory": _needs_decoding(),
+    "data.decoder": _needs_decoding(
+        Effect(
+            "random images are not decoded, and data.mock is {data.mock}",
+            lambda flat: not flat["data.mock"],
+        )
+    ),
     "data.threads": _needs_decoding(),
     "data.skip_damaged": _needs_decoding(),
     "data.mock": _needs_reading(),
@@ -268,7 +274,7 @@ RUN_EFFECTS: dict[str, Effect] = {
             "your own arrays and batches are not decoded, and data.name is {data.name}",
             lambda flat, facts: facts.decodes_images,
         )
-        for field in ("in_memory", "memory_limit", "workers", "threads", "skip_damaged")
+        for field in ("in_memory", "memory_limit", "workers", "decoder", "threads", "skip_damaged")
     },
     "train.best_by": Effect(_NO_VALIDATION, lambda flat, facts: facts.has_validation),
     "train.test_on": Effect(

@@ -13,10 +13,9 @@ has an effect. The registries check names of models and data sets, which this ta
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax_cnns.config.checks import (
-    Check,
     area_range,
     batchnorm_mode,
     best_by,
@@ -43,32 +42,7 @@ from flax_cnns.config.checks import (
     string,
     weight_over_time,
 )
-
-IN_ALL_RUNS = object()  # `older_runs` of a field that the first version already had
-
-
-class Field(NamedTuple):
-    """A config field."""
-
-    default: Any
-    check: Check
-    meaning: str
-    older_runs: Any = IN_ALL_RUNS  # the value that leaves a run without the field unchanged
-    # Whether the field turns on a regularizer: configs/ablations/regularizers.py compares them all.
-    regularizer: bool = False
-
-
-class Section(NamedTuple):
-    """A group of config fields and further sections."""
-
-    meaning: str
-    fields: dict[str, Field | Section]
-
-
-def section(meaning: str, **fields: Field | Section) -> Section:
-    """Makes a `Section` with its fields as keyword arguments."""
-    return Section(meaning, fields)
-
+from flax_cnns.config.entries import Field, Section, section
 
 # Formatted for reading: the meaning of a field is below its default.
 # fmt: off
@@ -124,6 +98,10 @@ TABLE = section("A config.",
             "Whether all images are decoded once and kept in memory. auto: if they take less than"
             " memory_limit, and are not photographs that random_resized_crop crops at full size."),
         memory_limit=Field(4.0, number(), "Limit for in_memory=auto, in GiB."),
+        decoder=Field("pillow", one_of("pillow", "opencv"),
+            "What decodes JPEGs. opencv takes less time, resizes by area, and rounds crops to whole"
+            " pixels; Pillow reads all other files, and CMYK.",
+            older_runs="pillow"),
         threads=Field(8, integer(), "Decoding threads of the streaming loader."),
         workers=Field(0, integer(), "Worker processes of the streaming loader."),
         skip_damaged=Field(False, boolean,

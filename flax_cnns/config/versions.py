@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flax_cnns.config.fields import FIELDS, IN_ALL_RUNS
+from flax_cnns.config.entries import IN_ALL_RUNS
+from flax_cnns.config.fields import FIELDS
 from flax_cnns.config.flat import flatten, set_field, to_plain
 from flax_cnns.config.validation import reset_inert_fields
 

@@ -23,6 +23,7 @@ def read_example(
     share: float = 1.0,
     crop: tuple[float, float] | tuple[()] = (),
     rng: np.random.Generator | None = None,
+    decoder: str = "pillow",
 ) -> tuple[np.ndarray, int]:
     """Reads example `i` as u8 [size size channels], and its label.
 
@@ -34,7 +35,9 @@ def read_example(
     if crop:
         assert rng is not None
         box_of = functools.partial(random_box, rng, share=crop)
-    reader = functools.partial(read_box, box_of=box_of, size=size, channels=channels)
+    reader = functools.partial(
+        read_box, box_of=box_of, size=size, channels=channels, decoder=decoder
+    )
     return read_with(source, i, reader)
 
 
@@ -56,7 +59,14 @@ def read_with(
 
 
 def read_all(
-    source: ImageSource, size: int, channels: int, *, share: float, threads: int, skip_damaged: bool
+    source: ImageSource,
+    size: int,
+    channels: int,
+    *,
+    share: float,
+    threads: int,
+    skip_damaged: bool,
+    decoder: str = "pillow",
 ) -> tuple[np.ndarray | ArrayRows, np.ndarray, list[str]]:
     """Reads all examples: images u8 [N size size channels], labels i32 [N], locations of the images
     that were skipped.
@@ -71,7 +81,9 @@ def read_all(
 
     def fill(part: ImageSource, i: int) -> None:
         try:
-            images[i], labels[i] = read_example(part, i, size, channels, share=share)
+            images[i], labels[i] = read_example(
+                part, i, size, channels, share=share, decoder=decoder
+            )
         except DamagedImage as error:
             if not skip_damaged:
                 raise

@@ -5,6 +5,7 @@ A fingerprint is plain JSON with these keys. It is {} for noise (`data.mock`), w
 reader    folder, archive or tfds; arrays or batches for a user's own data
 builder   of TFDS: name, config and version
 classes   class names, in the order of the labels
+decoder   opencv, if it decodes the JPEGs; absent: Pillow
 sized     of a folder: whether the digests include file sizes
 splits    by the data set's own split names, before roles are assigned:
           images   number of images
@@ -136,6 +137,9 @@ def find_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
         if was.get(name) != now.get(name):
             return [f"it was read as {_name_reader(was)}, now it is read as {_name_reader(now)}"]
     differences = find_class_differences(was["classes"], now["classes"])
+    decoders = [each.get("decoder", "pillow") for each in (was, now)]
+    if decoders[0] != decoders[1]:
+        differences.append("JPEGs were decoded by {}, now by {}".format(*decoders))
     index = {name: i for i, name in enumerate(was["classes"])}
     pairs = [(index[name], i) for i, name in enumerate(now["classes"]) if name in index]
     for split in dict.fromkeys([*was["splits"], *now["splits"]]):

@@ -1,4 +1,7 @@
-"""Decoding and cropping of images on the host, by PIL, to uint8 squares of the network's size."""
+"""Decoding and cropping of images on the host, by PIL, to uint8 squares of the network's size.
+
+OpenCV may decode JPEGs in its place (opencv.py).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
+from flax_cnns.data import opencv
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.files import check_regular_file
 
@@ -75,14 +79,19 @@ _TURNS = {
 
 
 def read_box(
-    image: Image.Image, box_of: Callable[[int, int], Box], size: int, channels: int
+    image: Image.Image,
+    box_of: Callable[[int, int], Box],
+    size: int,
+    channels: int,
+    decoder: str = "pillow",
 ) -> np.ndarray:
     """Reads a box of the image, upright and resized (bilinear, antialiased): u8 [size size
     channels].
 
-    `box_of(width, height)` returns the box, in pixels of the upright image.
+    `box_of(width, height)` returns the box, in pixels of the upright image. `decoder` is a value of
+    `data.decoder`: "opencv" resizes JPEGs by area.
     """
-    return read_boxes(image, [box_of], size, channels)[0]
+    return read_boxes(image, [box_of], size, channels, decoder=decoder)[0]
 
 
 def read_boxes(
@@ -92,15 +101,18 @@ def read_boxes(
     channels: int,
     *,
     resample: Image.Resampling = Image.Resampling.BILINEAR,
+    decoder: str = "pillow",
 ) -> list[np.ndarray]:
     """Reads several boxes as `read_box` does, and decodes the image once.
 
-    The filter `resample` is antialiased.
+    The filter `resample` is antialiased; OpenCV's own takes its place.
     """
     turn = _orientation(image)
     width, height = image.size
     upright = (height, width) if turn > 4 else (width, height)
     boxes = [_stored_box(box_of(*upright), turn, width, height) for box_of in boxes_of]
+    if decoder == "opencv" and (crops := opencv.read_boxes(image, boxes, size, channels)):
+        return [_turn(crop, turn) for crop in crops]
     if image.format == "JPEG":
         # The decoder may reduce a large JPEG to 1/2, 1/4 or 1/8, but not below the wanted size.
         wide, high = min(b[2] - b[0] for b in boxes), min(b[3] - b[1] for b in boxes)
@@ -116,6 +128,14 @@ def read_boxes(
             crop = crop.transpose(_TURNS[turn])
         crops.append(np.asarray(crop).reshape(size, size, channels))
     return crops
+
+
+def _turn(crop: np.ndarray, turn: int) -> np.ndarray:
+    """Turns a square u8 [N N C] upright."""
+    if turn not in _TURNS:
+        return crop
+    planes = [Image.fromarray(plane).transpose(_TURNS[turn]) for plane in np.moveaxis(crop, 2, 0)]
+    return np.stack([np.asarray(plane) for plane in planes], axis=2)
 
 
 def load_upright(image: Image.Image, channels: int) -> Image.Image:

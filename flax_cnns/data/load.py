@@ -25,6 +25,7 @@ from flax_cnns.data.readers import archives, folder, npz
 from flax_cnns.data.splits import (
     assign_roles,
     check_decodes,
+    check_opencv,
     check_source,
     decoding_error,
     find_notes,
@@ -67,8 +68,10 @@ def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = Fals
     raw, notes = select_classes(raw, config, begun, name)
     if raw.num_classes < 2:
         raise UserError(f"expected two classes or more; {name} has {raw.num_classes}")
-    fingerprint = fingerprints.compute(raw.sources, raw.class_names, raw.provenance)
+    fingerprint = _make_fingerprint(raw, config)
     sources = assign_roles(raw.sources, name, config.split_seed)
+    if config.decoder == "opencv":
+        check_opencv(sources["train"], name)
     own_channels = raw.image_shape[2]
     size, channels = config.image_size, config.channels or own_channels
     if data is not None:
@@ -94,6 +97,7 @@ def load_dataset(config: Any, *, data: Dataset | None = None, begun: bool = Fals
             share=1.0 if role == "train" else share,
             threads=config.threads if varies else 1,
             skip_damaged=config.skip_damaged,
+            decoder=config.decoder,
         )
         if not len(images):
             raise decoding_error(role, source)
@@ -145,7 +149,12 @@ def read_fingerprint(config: Any, data: Dataset | None = None) -> dict[str, Any]
         return {}
     raw = _read(config, prepare=False) if data is None else _read_user_tfds(data, prepare=False)
     raw, _ = select_classes(raw, config, begun=True)
-    return fingerprints.compute(raw.sources, raw.class_names, raw.provenance)
+    return _make_fingerprint(raw, config)
+
+
+def _make_fingerprint(raw: RawDataset, config: Any) -> dict[str, Any]:
+    decoder = {} if config.decoder == "pillow" else {"decoder": config.decoder}
+    return fingerprints.compute(raw.sources, raw.class_names, raw.provenance | decoder)
 
 
 def _read_user_file(config: Any) -> Dataset | None:

@@ -71,7 +71,8 @@ def train_batches(
     assert train.source is not None
     crop, start = tuple(config.augment.random_resized_crop), start_step * batch_size
     order = seed, start, batch_size, first, n
-    stream = TrainStream(train.source, dataset.image_shape, crop, *order, config.skip_damaged)
+    rules = config.skip_damaged, config.decoder
+    stream = TrainStream(train.source, dataset.image_shape, crop, *order, *rules)
     return _record_locations(_through_grain(stream, n, config), stream, dataset)
 
 
@@ -135,7 +136,9 @@ def eval_batches(
     if reader is None:
         box_of = functools.partial(center_box, share=dataset.eval_share)
         size, _, channels = dataset.image_shape
-        reader = functools.partial(read_box, box_of=box_of, size=size, channels=channels)
+        reader = functools.partial(
+            read_box, box_of=box_of, size=size, channels=channels, decoder=config.decoder
+        )
     stream = EvalStream(source, reader, number, batch_size, first, n, config.skip_damaged)
     return _record_locations(_through_grain(stream, n, config), stream, dataset)
 

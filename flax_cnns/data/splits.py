@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from flax_cnns.data import opencv
 from flax_cnns.data.decode import read_example
+from flax_cnns.data.images import DECODING_ERRORS
 from flax_cnns.data.readers.arrays import ArraySource
 from flax_cnns.data.types import DamagedImage, ImageSource, Split, Subset, WrongLabel, take_rows
 from flax_cnns.errors import UserError
@@ -162,11 +164,37 @@ def check_decodes(role: str, source: ImageSource, skip_damaged: bool) -> None:
     images of the split are damaged.
     """
     total = len(source)
-    probed = np.unique(np.linspace(0, total - 1, min(NUM_PROBED_IMAGES, total)).astype(int))
-    if any([_decodes(source, i, skip_damaged) for i in probed]):
+    if any([_decodes(source, i, skip_damaged) for i in _probe(source)]):
         return
     if not any(_decodes(source, i, skip_damaged) for i in range(total)):
         raise decoding_error(role, source)
+
+
+def check_opencv(source: ImageSource, name: str) -> None:
+    """Raises UserError if OpenCV is not installed, or would decode none of NUM_PROBED_IMAGES evenly
+    spaced images of the data set `name`."""
+    opencv.import_opencv()
+    kinds = set()
+    for i in _probe(source):
+        try:
+            image, _ = source.open(int(i))
+        except DECODING_ERRORS:
+            continue  # another check reports damaged images
+        with image:
+            if opencv.is_supported(image):
+                return
+            kinds.add(f"{image.format} {image.mode}" if image.format else "pixels, not files")
+    if kinds:
+        raise UserError(
+            f"data.decoder='opencv' decodes gray and RGB JPEGs, but the images of {name} are"
+            f" {', '.join(sorted(kinds))}; leave it at 'pillow'"
+        )
+
+
+def _probe(source: ImageSource) -> np.ndarray:
+    """Returns the rows of NUM_PROBED_IMAGES evenly spaced images."""
+    total = len(source)
+    return np.unique(np.linspace(0, total - 1, min(NUM_PROBED_IMAGES, total)).astype(int))
 
 
 def _decodes(source: ImageSource, i: int, skip_damaged: bool) -> bool:

@@ -136,6 +136,7 @@ def find_covariance(
             share=1.0,
             threads=config.threads,
             skip_damaged=config.skip_damaged,
+            decoder=config.decoder,
         )
         if not len(images):
             raise decoding_error("train", sample)

@@ -43,6 +43,7 @@ class TrainStream:
     first: int  # this process's first row in each global batch
     n: int  # this process's rows in each global batch
     skip_damaged: bool
+    decoder: str
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -59,7 +60,10 @@ class TrainStream:
             rng = np.random.Generator(np.random.Philox(seeds))
             try:
                 image, label = decode.read_example(
-                    self.source, example, size, channels, crop=self.crop, rng=rng
+                    *(self.source, example, size, channels),
+                    crop=self.crop,
+                    rng=rng,
+                    decoder=self.decoder,
                 )
                 result = {"image": image, "label": np.int32(label), "skipped": skipped}
                 return result | _find_multi_frame(self.source, example)

@@ -66,11 +66,11 @@ class CropGroup:
         size: int,
         channels: int,
         resample: Image.Resampling = Image.Resampling.BILINEAR,
+        decoder: str = "pillow",
     ) -> np.ndarray:
         """Returns the crops u8 [V size size channels] of a stored image."""
-        crops = read_boxes(
-            image, [view.box for view in self.views], size, channels, resample=resample
-        )
+        boxes = [view.box for view in self.views]
+        crops = read_boxes(image, boxes, size, channels, resample=resample, decoder=decoder)
         return self._mirror(crops)
 
     def cut(self, images: np.ndarray, size: int) -> np.ndarray:
@@ -203,9 +203,10 @@ def make_reader(
     size: int,
     channels: int,
     resample: Image.Resampling = Image.Resampling.BILINEAR,
+    decoder: str = "pillow",
 ) -> Callable[[Image.Image], np.ndarray]:
     """Returns `reader(image) -> u8 [V size size channels]`, which worker processes can use."""
-    return partial(group.read, size=size, channels=channels, resample=resample)
+    return partial(group.read, size=size, channels=channels, resample=resample, decoder=decoder)
 
 
 def is_plain(protocol: CropProtocol, share: float) -> bool:

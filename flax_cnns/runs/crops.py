@@ -41,14 +41,17 @@ def predict_crops(
     apply = None
     if protocol.dense:
         apply = make_dense_apply(classifier.model, classifier.variables)
-    resample = Image.Resampling.BILINEAR
+    resample, decoder = Image.Resampling.BILINEAR, classifier.data_config.decoder
     if isinstance(classifier.reader, LibraryReader):
         resample = Image.Resampling[classifier.reader.preprocessing.interpolation.upper()]
+        decoder = "pillow"  # as the library does
     members = []
     for group in protocol.groups:
         size = round(group.scale * height)
         if stored is None or stored.source is not None or classifier.reader is not None:
-            given: dict[str, Any] = {"reader": make_reader(group, size, channels, resample)}
+            given: dict[str, Any] = {
+                "reader": make_reader(group, size, channels, resample, decoder)
+            }
         else:
             given = {"cut": partial(group.cut, size=size)}
             if protocol.enlarges(min(height, width), height) and jax.process_index() == 0:

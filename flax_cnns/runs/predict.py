@@ -49,6 +49,7 @@ class CropReading(NamedTuple):
     channels: int
     resample: Image.Resampling
     prepare: Callable[[np.ndarray], np.ndarray]  # u8 [V H W C] -> the input of `probabilities`
+    decoder: str = "pillow"  # a value of `data.decoder`
 
 
 def use_crops(predictor: Predictor, crops: str) -> Predictor:
@@ -64,7 +65,8 @@ def use_crops(predictor: Predictor, crops: str) -> Predictor:
 
     def read(photo: Photo) -> np.ndarray:
         with open_photo(photo) as image:
-            return how.prepare(group.read(image, how.size, how.channels, how.resample))
+            crops = group.read(image, how.size, how.channels, how.resample, how.decoder)
+            return how.prepare(crops)
 
     def box(width: int, height: int) -> images.Box:
         boxes = [view.box(width, height) for view in group.views]
@@ -253,11 +255,11 @@ def make_predictor_from_run(
         raise UserError(
             f"{workdir}: its images are {height}x{size}, but photos are prepared as squares"
         )
-    box = partial(images.center_box, share=dataset.eval_share)
+    box, decoder = partial(images.center_box, share=dataset.eval_share), config.data.decoder
 
     def read(photo: Photo) -> np.ndarray:
         with open_photo(photo) as image:
-            return images.read_box(image, box, size, channels)[None]
+            return images.read_box(image, box, size, channels, decoder)[None]
 
     normalize = loaded.preprocessing
     return Predictor(
@@ -266,7 +268,7 @@ def make_predictor_from_run(
         box,
         _make_probabilities(model, variables, normalize, temperature),
         loaded.class_names,
-        CropReading(size, channels, Image.Resampling.BILINEAR, lambda pixels: pixels),
+        CropReading(size, channels, Image.Resampling.BILINEAR, lambda pixels: pixels, decoder),
     )
 
 

@@ -23,7 +23,7 @@ from flax_cnns import config as configs
 from flax_cnns.checkpoint.graft import graft
 from flax_cnns.checkpoint.graft.sources import open_source
 from flax_cnns.checkpoint.locations import check_location
-from flax_cnns.config.fields import Field
+from flax_cnns.config.entries import Field
 from flax_cnns.data import fingerprint as fingerprints
 from flax_cnns.data.splits import make_batch_note
 from flax_cnns.errors import UserError, did_you_mean
