@@ -23,6 +23,10 @@ from flax_cnns.layers.conv.geometry import ConvGeometry
 MIN_WINOGRAD_MULTIPLICATIONS = 1e8  # with fewer, the overhead of many small operations dominates
 MAX_WINOGRAD_BYTES = 2**29  # size of the transformed tiles
 MIN_WINOGRAD_POSITIONS = 16
+MIN_WINOGRAD_KERNEL = 4096  # channels x features: below, pieces are faster
+PIECE_BYTES = 3 * 2**17  # of the output's gradient in a piece of the batch
+MIN_BYTES_OF_PIECES = 2**22  # of it in the batch; with less, compiling takes longer than it saves
+MAX_PIECES = 8  # each piece is a convolution to compile
 MAX_DEPTHWISE_TAPS = 100  # each tap is an array in XLA: hundreds of them take long to compile
 MAX_BLOCKS = 16  # each block of groups is a convolution to compile
 BLOCK_CHANNELS = 32
@@ -84,6 +88,22 @@ class Product(NamedTuple):
         few = groups // groups_per_block(self.channels // groups, groups) <= MAX_BLOCKS
         large = self.geometry.positions > SMALL_BLOCK_MAP
         return self.is_grouped and few and large and not self.geometry.control_flow
+
+    @property
+    def output_bytes(self) -> int:
+        """The size of the output, or of its gradient, in float32."""
+        return 4 * self.images * self.geometry.positions * self.features
+
+    @property
+    def piece(self) -> int:
+        """How many images make a piece of the batch, whose kernel gradient XLA computes quickly."""
+        fitting = self.images * PIECE_BYTES // self.output_bytes
+        return max(1, fitting, -(-self.images // MAX_PIECES))
+
+    @property
+    def suits_pieces(self) -> bool:
+        """Whether the batch is worth cutting into pieces."""
+        return self.images > self.piece and self.output_bytes >= MIN_BYTES_OF_PIECES
 
     def suits_winograd(self, min_channels: int) -> bool:
         """Whether F(2x2, 3x3) applies, saves more than its transforms cost, and fits in memory."""
@@ -166,11 +186,20 @@ KERNEL_GRAD = (
     *_GROUPED,
     *_DENSE_MATMULS,
     Choice(
-        lambda p: p.suits_winograd(min_channels=32 if p.geometry.positions <= 1024 else 128),
+        lambda p: (
+            p.suits_winograd(min_channels=32 if p.geometry.positions <= 1024 else 128)
+            and not (p.suits_pieces and p.channels * p.features < MIN_WINOGRAD_KERNEL)
+        ),
         "winograd",
         "as in FORWARD, with the minimum of channels that was measured for this product",
     ),
-    *_DENSE_REST,
+    *_DENSE_REST[:-1],
+    Choice(
+        lambda p: p.suits_pieces,
+        "pieces",
+        "XLA's own falls off a cliff when a batch's gradients outgrow the cache",
+    ),
+    _DENSE_REST[-1],
 )
 # In this table, `channels` is the number per group, and `images` is not used.
 INPUT_GRAD = (
@@ -194,6 +223,11 @@ def forward_algorithm(images: int, channels: int, features: int, geometry: ConvG
 def kernel_grad_algorithm(images: int, channels: int, features: int, geometry: ConvGeometry) -> str:
     """Returns the name of the fastest algorithm known for the kernel's gradient."""
     return _first(KERNEL_GRAD, Product(images, channels, features, geometry))
+
+
+def images_per_piece(images: int, channels: int, features: int, geometry: ConvGeometry) -> int:
+    """Returns how many images make a piece for the algorithm "pieces"."""
+    return Product(images, channels, features, geometry).piece
 
 
 def input_grad_algorithm(group_channels: int, features: int, geometry: ConvGeometry) -> str:

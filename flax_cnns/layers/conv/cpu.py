@@ -44,6 +44,16 @@ def input_grad(dy: Array, kernel: Array, geometry: ConvGeometry) -> Array:
     return INPUT_GRAD[name](dy, kernel, geometry)
 
 
+def pieces_kernel_grad(x: Array, dy: Array, geometry: ConvGeometry) -> Array:
+    """XLA's own gradient of the kernel, summed in float32 over pieces of the batch."""
+    size = choose.images_per_piece(_images(x), x.shape[-1], dy.shape[-1], geometry)
+    total = jnp.float32(0)
+    for first in range(0, x.shape[0], size):
+        piece = slice(first, first + size)
+        total = total + xla.kernel_grad(x[piece], dy[piece], geometry)
+    return total.astype(x.dtype)
+
+
 def _images(x: Array) -> int:
     return x.shape[0] if isinstance(x.shape[0], int) else 1  # symbolic in an exported program
 
@@ -171,6 +181,7 @@ KERNEL_GRAD: dict[str, Callable[..., Array]] = {
     "patches": matmul.patches_kernel_grad,
     "shifted": matmul.shifted_kernel_grad,
     "winograd": winograd.winograd_kernel_grad,
+    "pieces": pieces_kernel_grad,
     "depthwise": depthwise.depthwise_kernel_grad,
     "batched": grouped.batched_kernel_grad,
     "blocks": grouped.blocks_kernel_grad,

@@ -26,11 +26,11 @@ DEPTHWISE = Case((2, 6, 7), 1, 1, (5, 3), (2, 2), groups=6)
 MULTIPLIED = Case((2, 6, 5), 1, 2, groups=5, padding=((0, 3), (1, -1)))
 TINY = Case((2, 1, 2), 4, 3)
 NAMED = {
-    DENSE: {"library", "shifted", "winograd"},
-    TINY: {"library", "shifted", "winograd"},
-    PATCHES: {"library", "shifted", "patches"},
-    POINTWISE: {"library", "shifted", "pointwise"},
-    STRIDED: {"library", "shifted"},
+    DENSE: {"library", "pieces", "shifted", "winograd"},
+    TINY: {"library", "pieces", "shifted", "winograd"},
+    PATCHES: {"library", "pieces", "shifted", "patches"},
+    POINTWISE: {"library", "pieces", "shifted", "pointwise"},
+    STRIDED: {"library", "pieces", "shifted"},
     GROUPED: {"library", "batched", "blocks", "rotated"},
     WIDENING: {"library", "batched", "blocks"},
     DEPTHWISE: {"library", "batched", "blocks", "rotated", "depthwise"},
@@ -44,7 +44,8 @@ def test_every_algorithm_is_tested_by_name():
 
 
 @pytest.mark.parametrize("case", NAMED, ids=lambda c: f"{c.size[1]}x{c.size[2]}-{c.groups}")
-def test_each_algorithm_for_a_shape_is_correct(case):
+def test_each_algorithm_for_a_shape_is_correct(case, monkeypatch):
+    monkeypatch.setattr(choose, "PIECE_BYTES", 0)  # one image a piece
     geometry, names = case.geometry(), {"phases", *NAMED[case]}
     operands = case.operands()
     references, _ = exact(case, operands)
@@ -75,6 +76,7 @@ TABLES = ("FORWARD", "INPUT_GRAD", "KERNEL_GRAD")
 # Small cases that together reach every algorithm.
 REACHING = [
     Case((1, 9, 7), 2, 3, strides=(2, 2), padding=1),  # library
+    Case((3, 9, 7), 2, 3, strides=(2, 2), padding=1),  # pieces
     Case((2, 4, 3), 3, 5, (1, 1), (1, 2), padding=0),
     Case((2, 5, 6), 2, 3, (2, 3), (2, 3), padding=0),
     Case((2, 5, 4), 64, 64, padding=((1, 0), (2, 1))),  # winograd
@@ -96,8 +98,10 @@ REACHING = [
 
 @pytest.fixture
 def reached(monkeypatch):
-    """The algorithms that have run. Winograd is allowed for small shapes too."""
+    """The algorithms that have run. Winograd and pieces are allowed for small shapes too."""
     monkeypatch.setattr(choose, "MIN_WINOGRAD_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(choose, "PIECE_BYTES", 0)
+    monkeypatch.setattr(choose, "MIN_BYTES_OF_PIECES", 0)
     names = set()
     for table in TABLES:
         for name, algorithm in list(getattr(cpu, table).items()):
