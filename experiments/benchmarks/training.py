@@ -32,7 +32,7 @@ from flax_cnns.data.augment import make_normalize
 from flax_cnns.data.mix import make_mix
 from flax_cnns.layers.conv import module as conv_module
 from flax_cnns.models.registry import create_model, init_variables
-from flax_cnns.train import optimizers, parallel, schedules, steps
+from flax_cnns.train import evaluation_step, optimizers, parallel, schedules, steps
 from flax_cnns.train.state import TrainState
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, per channel in 0..1
@@ -107,7 +107,9 @@ class Trainee:
             aux_weights=[(".*", schedules.constant(0.3))],
         )
         self._step = parallel.parallelize(step, self.mesh, mode=mode)
-        evaluation = steps.make_eval_step(model.apply, normalize=normalize, num_classes=classes)
+        evaluation = evaluation_step.make_eval_step(
+            model.apply, normalize=normalize, num_classes=classes
+        )
         self._eval = parallel.parallelize(evaluation, self.mesh, mode=mode, donate=False)
 
     def trace(self) -> Any:

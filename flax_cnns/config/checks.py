@@ -166,7 +166,7 @@ def named_references(value: Any) -> str | None:
 def optimizer_name(value: Any) -> str | None:
     if is_reference(value):
         return None
-    expected = one_of("sgd", "adam", "adamw", "rmsprop", "lamb")(value)
+    expected = one_of("sgd", "adam", "adamw", "rmsprop", "lamb", "muon")(value)
     return expected and f"{expected}; or 'package.module:factory'"
 
 

@@ -148,11 +148,14 @@ EFFECTS: dict[str, Effect] = {
     ),
     "data.mean": _needs("data.augment.normalize", "normalization subtracts it"),
     "data.std": _needs("data.augment.normalize", "normalization divides by it"),
-    "optimizer.momentum": _used_only_by("optimizer.name", "sgd", "rmsprop"),
+    "data.augment.alternate_flip": _needs("data.augment.flip", "it says which images are mirrored"),
+    "optimizer.momentum": _used_only_by("optimizer.name", "sgd", "muon", "rmsprop"),
     "optimizer.nesterov": Effect(
-        "only sgd with momentum uses it, and optimizer.name is {optimizer.name},"
+        "only sgd and muon with momentum use it, and optimizer.name is {optimizer.name},"
         " optimizer.momentum is {optimizer.momentum}",
-        lambda flat: flat["optimizer.name"] == "sgd" and is_on(flat["optimizer.momentum"]),
+        lambda flat: (
+            flat["optimizer.name"] in ("sgd", "muon") and is_on(flat["optimizer.momentum"])
+        ),
     ),
     "optimizer.b1": _used_only_by("optimizer.name", "adam", "adamw", "lamb"),
     "optimizer.b2": _used_only_by("optimizer.name", "adam", "adamw", "lamb"),

@@ -61,6 +61,10 @@ TABLE = section("A config.",
             "Initializer of the weights: paper, he, lecun, xavier, gaussian (0.01), orthogonal, or"
             " lsuv (all layers but grafted ones); '': the network's default. Heads of ResNets,"
             " DenseNets, MobileNets and relatives start with lecun, except by lsuv."),
+        whiten=Field(False, boolean,
+            "Fill the kernel of the layer whiten, which airbench94 has, with whitening filters of"
+            " the training images. optimizer.trainable freezes it.",
+            older_runs=False),
         scan=Field(False, boolean,
             "Run repeated blocks as a loop, so that deep networks compile faster."),
         remat=Field(False, boolean, "Recompute each block in the backward pass: less memory."),
@@ -119,6 +123,10 @@ TABLE = section("A config.",
             pad_crop=Field(0, integer(),
                 "Pixels of padding on each side before a random crop; 0: off.", regularizer=True),
             flip=Field(False, boolean, "Mirror with probability 0.5.", regularizer=True),
+            alternate_flip=Field(False, boolean,
+                "With flip: mirror each image in every second epoch; the seed draws the images that"
+                " are mirrored in the first.",
+                older_runs=False),
             rotate=Field(0.0, number(0, 180),
                 "Rotate by an angle drawn uniformly from -rotate to +rotate degrees."),
             scale=Field(0.0, number(0, 0.99),
@@ -161,12 +169,13 @@ TABLE = section("A config.",
 
     optimizer=section("The optimizer.",
         name=Field("sgd", optimizer_name,
-            "sgd, adam, adamw, rmsprop (TensorFlow's), lamb, or your own factory"
+            "sgd, adam, adamw, rmsprop (TensorFlow's), lamb, muon (Optax's, for"
+            " convolution kernels; sgd for the rest), or your own factory"
             " 'package.module:function'. lamb adapts the learning rate of every parameter. timm's"
             " lamb adapts only the parameters with weight decay, and clips the gradient first, as"
             " clip_norm=1.0 does here."),
-        momentum=Field(0.9, number(0, 1), "Momentum of sgd and rmsprop."),
-        nesterov=Field(False, boolean, "Nesterov momentum, for sgd only."),
+        momentum=Field(0.9, number(0, 1), "Momentum of sgd, muon and rmsprop."),
+        nesterov=Field(False, boolean, "Nesterov momentum, for sgd and muon."),
         b1=Field(0.9, number(0, 1), "beta_1 of adam, adamw and lamb."),
         b2=Field(0.999, number(0, 1), "beta_2 of adam, adamw and lamb."),
         eps=Field(1e-8, number(), "epsilon of adam, adamw, lamb and rmsprop."),
@@ -289,6 +298,9 @@ TABLE = section("A config.",
             " accuracy or top5, the lowest loss. Set it for your own metric.", older_runs="auto"),
         max_bad_steps=Field(10, integer(),
             "Stop after this many steps in a row with values that are not finite; 0: never."),
+        eval_flip=Field(False, boolean,
+            "Average the logits of each image and its mirror image in every validation and test.",
+            older_runs=False),
         precise_bn=Field(0, integer(),
             "Before each validation and at the end, compute BatchNorm's running statistics from"
             " this many batches of training images, and keep them; 0: off."),

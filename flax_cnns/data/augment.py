@@ -90,7 +90,7 @@ def make_augment(
     _check_sizes(config, height, width)
     of_bytes, of_floats = _normalizers(config, mean, std)
     resized_crop = tuple(config.random_resized_crop) if not cropped else ()
-    moved = config.flip or config.pad_crop or config.rotate or config.scale
+    moved = _flips(config) or config.pad_crop or config.rotate or config.scale
     colored = tuple(config.randaugment) or config.pca
 
     def augment_one(image: Array, key: Array) -> Array:
@@ -134,11 +134,16 @@ def _check_sizes(config: Any, height: int, width: int) -> None:
             )
 
 
+def _flips(config: Any) -> bool:
+    """Whether images are mirrored at random. Alternating flips come with the batch instead."""
+    return config.flip and not config.alternate_flip
+
+
 def _draw_flip_and_shift(key: Array, config: Any) -> tuple[Array, Array, Array]:
     """Draws (flip or not, a shift [2] in whole pixels, uniform in +-pad_crop, a key for the
     rest)."""
     key_flip, key_shift, key_rest = jax.random.split(key, 3)
-    flip = jax.random.bernoulli(key_flip) if config.flip else jnp.array(False)
+    flip = jax.random.bernoulli(key_flip) if _flips(config) else jnp.array(False)
     pad = config.pad_crop
     return flip, jax.random.randint(key_shift, (2,), -pad, pad + 1), key_rest
 
@@ -146,7 +151,7 @@ def _draw_flip_and_shift(key: Array, config: Any) -> tuple[Array, Array, Array]:
 def _flip_and_crop(key: Array, image: Array, config: Any) -> Array:
     """Flips and shifts by whole pixels, without changing values: [H W C] -> [H W C]."""
     flip, shift, _ = _draw_flip_and_shift(key, config)
-    if config.flip:
+    if _flips(config):
         image = jnp.where(flip, image[:, ::-1], image)
     if pad := config.pad_crop:
         padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))

@@ -26,7 +26,7 @@ from PIL import Image
 from flax_cnns.data import batch_stream
 from flax_cnns.data.images import center_box, read_box
 from flax_cnns.data.readers.arrays import ArraySource
-from flax_cnns.data.streams import EvalStream, TrainStream, find_row
+from flax_cnns.data.streams import EvalStream, TrainStream, find_row, is_mirrored
 from flax_cnns.data.types import (
     ArrayRows,
     Dataset,
@@ -46,6 +46,7 @@ def train_batches(
 ) -> Generator[Batch] | batch_stream.TrainBatches:
     """Yields this process's rows of each global batch, from batch `start_step` on and without end:
     {"image": u8 [n H W C], "label": i32 [n]}. A user's own images may be f32, and labels f32 [n K].
+    With `augment.alternate_flip` also {"mirror": bool [n]}: the images to mirror.
     Closing the generator stops its threads and worker processes. For a data set of `from_batches`,
     the result is a `batch_stream.TrainBatches`, which can also compute the `digest` of a batch.
 
@@ -64,14 +65,15 @@ def train_batches(
     if dataset.is_stream:
         process = process_index, process_count
         return batch_stream.TrainBatches(dataset, batch_size, start_step, process)
+    alternate = config.augment.flip and config.augment.alternate_flip
     if train.images is not None:
         assert train.labels is not None
-        rows = _yield_rows(len(train.images), seed, start_step, batch_size, first, n)
+        rows = _yield_rows(len(train.images), seed, start_step, batch_size, first, n, alternate)
         return _gather_batches(train.images, train.labels, rows)
     assert train.source is not None
     crop, start = tuple(config.augment.random_resized_crop), start_step * batch_size
     order = seed, start, batch_size, first, n
-    rules = config.skip_damaged, config.decoder
+    rules = config.skip_damaged, config.decoder, alternate
     stream = TrainStream(train.source, dataset.image_shape, crop, *order, *rules)
     return _record_locations(_through_grain(stream, n, config), stream, dataset)
 
@@ -84,14 +86,17 @@ def train_rows(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Generator[np.ndarray]:
-    """Yields the rows i32 [n] of a training set of `size` examples that `train_batches` gathers for
-    each batch, from batch `start_step` on and without end.
+) -> Generator[Batch]:
+    """Yields {"rows": i32 [n]} for each batch, from batch `start_step` on and without end: the rows
+    of a training set of `size` examples that `train_batches` gathers. With `augment.alternate_flip`
+    also {"mirror": bool [n]}.
 
     Raises UserError if `batch_size` is not a multiple of `process_count`.
     """
     n = _local_size("batch_size", config.batch_size, process_count)
-    return _yield_rows(size, seed, start_step, config.batch_size, process_index * n, n)
+    alternate = config.augment.flip and config.augment.alternate_flip
+    first = process_index * n
+    return _yield_rows(size, seed, start_step, config.batch_size, first, n, alternate)
 
 
 def eval_batches(
@@ -157,18 +162,22 @@ def _local_size(name: str, batch_size: int, process_count: int) -> int:
 
 
 def _gather_batches(
-    images: np.ndarray | ArrayRows, labels: np.ndarray, rows: Iterable[np.ndarray]
+    images: np.ndarray | ArrayRows, labels: np.ndarray, batches: Iterable[Batch]
 ) -> Generator[Batch]:
-    for batch in rows:
-        yield {"image": images[batch], "label": labels[batch]}
+    for batch in batches:
+        rows = batch.pop("rows")
+        yield {"image": images[rows], "label": labels[rows], **batch}
 
 
 def _yield_rows(
-    size: int, seed: int, step: int, batch_size: int, first: int, n: int
-) -> Generator[np.ndarray]:
+    size: int, seed: int, step: int, batch_size: int, first: int, n: int, alternate: bool
+) -> Generator[Batch]:
     while True:
-        start = step * batch_size + first
-        yield np.array([find_row(start + i, seed, size) for i in range(n)], np.int32)
+        places = range(step * batch_size + first, step * batch_size + first + n)
+        batch = {"rows": np.array([find_row(place, seed, size) for place in places], np.int32)}
+        if alternate:
+            batch["mirror"] = np.array([is_mirrored(place, seed, size) for place in places])
+        yield batch
         step += 1
 
 

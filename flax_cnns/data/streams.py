@@ -30,6 +30,20 @@ def find_row(position: int, seed: int, size: int) -> int:
     return int(permutation(seed, epoch, size)[offset])
 
 
+@functools.lru_cache(maxsize=2)
+def _mirrored_first(seed: int, size: int) -> np.ndarray:
+    """Returns which of `size` examples are mirrored in the first epoch: bool [size]."""
+    stream = np.random.SeedSequence([seed, 0, 2])  # the 2 separates it from other random numbers
+    return np.random.Generator(np.random.Philox(stream)).random(size) < 0.5
+
+
+def is_mirrored(position: int, seed: int, size: int) -> bool:
+    """Whether the example at a position of the endless stream is mirrored, if flips alternate: each
+    example is mirrored in every second epoch (Jordan 2024, arXiv 2404.00498, section 3.6)."""
+    first = _mirrored_first(seed, size)[find_row(position, seed, size)]
+    return bool(first) ^ bool(position // size % 2)
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainStream:
     """One process's training examples, decoded and cropped, as a random-access source of Grain."""
@@ -44,6 +58,7 @@ class TrainStream:
     n: int  # this process's rows in each global batch
     skip_damaged: bool
     decoder: str
+    alternate: bool  # whether the batches say which images are mirrored
 
     def __len__(self) -> int:
         return _ENDLESS
@@ -66,6 +81,9 @@ class TrainStream:
                     decoder=self.decoder,
                 )
                 result = {"image": image, "label": np.int32(label), "skipped": skipped}
+                if self.alternate:
+                    mirror = is_mirrored(position, self.seed, len(self.source))
+                    result["mirror"] = np.bool_(mirror)
                 return result | _find_multi_frame(self.source, example)
             except DamagedImage:
                 if not self.skip_damaged:

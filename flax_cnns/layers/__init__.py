@@ -18,10 +18,12 @@ from flax_cnns.layers.fixup import fixup
 from flax_cnns.layers.fractal import ColumnDrop, draw_columns, fractal_join, keep_at_least_one
 from flax_cnns.layers.initializers import (
     caffe_xavier,
+    dirac,
     gaussian,
     get_head_initializer,
     get_initializer,
     he,
+    make_whitening_kernel,
     tensorflow_fan_out,
 )
 from flax_cnns.layers.mbconv import (
@@ -80,6 +82,7 @@ __all__ = [
     "classify",
     "classify_by_maps",
     "conv2d",
+    "dirac",
     "draw_columns",
     "drop_rates",
     "fixup",
@@ -99,6 +102,7 @@ __all__ = [
     "make_norm",
     "make_shake_drops",
     "make_shakes",
+    "make_whitening_kernel",
     "max_pool",
     "residual",
     "resolve_padding",

@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import variance_scaling
 
 from flax_cnns.errors import UserError, did_you_mean
@@ -53,6 +54,43 @@ gaussian = jax.nn.initializers.normal
 # input channels, output channels], has orthonormal columns, or orthonormal rows if it is wider than
 # high.
 orthogonal = jax.nn.initializers.orthogonal()
+
+
+def dirac(rest: Callable) -> Callable:
+    """Returns an initializer of convolutions with identity filters, as PyTorch's `dirac_`.
+
+    The first min(C, F) filters of a kernel [k k C F] copy one input channel each: 1 at the center,
+    0 elsewhere. `rest` initializes the other filters.
+    """
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> jax.Array:
+        kernel = rest(key, shape, dtype)
+        channels = jnp.arange(min(shape[-2:]))
+        kernel = kernel.at[..., : len(channels)].set(0)
+        center = tuple(size // 2 for size in shape[:-2])
+        return kernel.at[(*center, channels, channels)].set(1)
+
+    return init
+
+
+def make_whitening_kernel(images: np.ndarray, size: int = 2, epsilon: float = 5e-4) -> np.ndarray:
+    """Makes a kernel f32 [size size C 2*size*size*C] that whitens the patches of images [N H W C].
+
+    The filters are the eigenvectors of the patches' second moments (the mean is not subtracted),
+    largest eigenvalue first, divided by sqrt(eigenvalue + epsilon); then the same with the other
+    sign. The signs are such that the largest weight of each of the first filters is positive.
+    Jordan 2024 (https://arxiv.org/abs/2404.00498), section 3.1, and his airbench94.py.
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(images, (size, size), axis=(1, 2))
+    patches = np.moveaxis(windows, 3, -1)  # [N h w k k C]
+    flat = patches.reshape(-1, size * size * images.shape[-1]).astype(np.float64)
+    values, vectors = np.linalg.eigh(flat.T @ flat / len(flat))
+    filters = (vectors / np.sqrt(values + epsilon))[:, ::-1]  # columns
+    largest = np.take_along_axis(filters, abs(filters).argmax(0)[None], axis=0)
+    filters = filters * np.sign(largest)
+    kernel = np.concatenate([filters, -filters], axis=1)
+    return kernel.reshape(size, size, images.shape[-1], -1).astype(np.float32)
+
 
 INITIALIZERS = {
     "he": he,

@@ -59,6 +59,7 @@ FAMILIES = tuple(
         "all_cnn",
         "dsn",
         "highway",
+        "airbench",
         "convnext",
         "vit",
     )

@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple, TypedDict
 
 import jax
-import numpy as np
 
 from flax_cnns import tree as pytree
 from flax_cnns.data import augment, mix, pipeline
@@ -24,12 +23,7 @@ from flax_cnns.layers import inside_control_flow
 from flax_cnns.models import registry
 from flax_cnns.runs import own_parts
 from flax_cnns.runs import workdir as workdirs
-from flax_cnns.runs.network import (
-    check_network,
-    describe_parameters,
-    get_model_fields,
-    make_model,
-)
+from flax_cnns.runs.network import check_network, describe_parameters, get_model_fields, make_model
 from flax_cnns.runs.own_parts import OpaqueObjects, OwnParts
 from flax_cnns.runtime import launch
 from flax_cnns.train import (
@@ -42,6 +36,7 @@ from flax_cnns.train import (
     step_calls,
     steps,
 )
+from flax_cnns.train.evaluation_step import make_eval_step
 from flax_cnns.train.state import TrainState
 from flax_cnns.types import Array, PyTree
 
@@ -155,7 +150,7 @@ def build_components(
         dataset = load_dataset(config.data, data=data, begun=begun)
     model = make_model(config, dataset, own.network)
     width = model.num_classes if own.network is None else check_network(model, dataset)
-    eval_step = steps.make_eval_step(
+    eval_step = make_eval_step(
         model.apply,
         normalize=augment.make_normalize(config.data.augment, mean=dataset.mean, std=dataset.std),
         num_classes=width,
@@ -163,6 +158,7 @@ def build_components(
         loss=own.loss,
         metrics=own.metrics,
         task=dataset.task,
+        flip=config.train.eval_flip,
     )
     eval_step = parallel.parallelize(eval_step, mesh, mode=config.train.parallel, donate=False)
     return RunComponents(config, model, dataset, mesh, eval_step, width, own)
@@ -263,7 +259,7 @@ def train_calls(components: RunComponents, start: int, total: int) -> Generator[
         process_count=jax.process_count(),
     )
     sizes = (min(k, total - step) for step in range(start, total, k))
-    calls = (np.stack(list(itertools.islice(rows, size))) for size in sizes)
+    calls = (step_calls.stack(itertools.islice(rows, size)) for size in sizes)
     examples = train.images[:], train.labels[:]
     return step_calls.yield_calls(*examples, calls, components.mesh, mode=components.mode)
 
@@ -287,7 +283,8 @@ def make_train_call(
 ) -> Callable[[TrainState, Any, Array], tuple[TrainState, dict[str, Array]]]:
     """Returns the parallelized loop over `train.steps_per_call` training steps (step_calls.py)."""
     step = _make_step(components, optimizer, steps_per_epoch)
-    call, axes = step_calls.loop_steps(step, inside_control_flow), step_calls.CALL_AXES
+    call = step_calls.loop_steps(step, inside_control_flow)
+    axes = step_calls.list_axes(mirror=components.config.data.augment.alternate_flip)
     return parallel.parallelize(call, components.mesh, mode=components.mode, axes=axes)
 
 

@@ -39,6 +39,7 @@ from flax_cnns.runs.references import check_trust
 from flax_cnns.runs.subject import LibraryScaling
 from flax_cnns.runs.variables import list_class_names, load_variables
 from flax_cnns.train import loop
+from flax_cnns.train.mirror import average_mirrored
 from flax_cnns.types import Array, Batch, PyTree
 
 Reader = Callable[[Image.Image], np.ndarray]
@@ -61,6 +62,14 @@ class Classifier(NamedTuple):
     reader: Reader | None = None
     dataset: Dataset | None = None  # the run's data; None: published weights
     run: TrainedRun | None = None  # None: published weights
+
+    @property
+    def apply(self) -> Callable[..., Any]:
+        """What gives the logits of one crop: `model.apply`, or its mean over an image and its
+        mirror image if the run has `train.eval_flip`."""
+        if self.run is not None and self.run.components.config.train.eval_flip:
+            return average_mirrored(self.model.apply)
+        return self.model.apply
 
 
 class TrainedRun(NamedTuple):
@@ -220,7 +229,7 @@ def predict_split(
             report_batches(ahead, len(dataset.splits[split]), split),
             normalize=classifier.normalize,
             transform=transform,
-            apply=apply,
+            apply=classifier.apply if apply is None and crops == 1 else apply,
             step=step,
             crops_per_step=crops_per_step,
             task=classifier.task,

@@ -87,7 +87,7 @@ def evaluate_cells(
         _print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are in {folder}")
     mesh = parallel.make_mesh()
     network = make_predict_step(
-        classifier.model.apply, normalize=classifier.normalize, transform=None, mesh=mesh
+        classifier.apply, normalize=classifier.normalize, transform=None, mesh=mesh
     )
     own: dict[str, Any] = {}
     if classifier.run:

@@ -103,6 +103,8 @@ class TargetStep:
         if dataset.is_stream or self.config.data.augment.where == "loader":
             images = np.dtype(np.float32)
         labels = np.zeros(1, np.int32) if train.labels is None else train.labels
+        flips = self.config.data.augment
+        mirrors = flips.flip and flips.alternate_flip and flips.where == "device"
         return {
             "image": jax.ShapeDtypeStruct(
                 (batch_size, *dataset.image_shape), images, sharding=sharding
@@ -110,7 +112,11 @@ class TargetStep:
             "label": jax.ShapeDtypeStruct(
                 (batch_size, *labels.shape[1:]), labels.dtype, sharding=sharding
             ),
-        }
+        } | (
+            {"mirror": jax.ShapeDtypeStruct((batch_size,), np.bool_, sharding=sharding)}
+            if mirrors
+            else {}
+        )
 
     def measure_batch(self, batch_size: int) -> int:
         """Returns the bytes per device of one batch."""

@@ -31,9 +31,9 @@ LSUV = "lsuv"  # a value of `config.model.init`
 def get_model_fields(config: Any) -> dict[str, Any]:
     """Returns `config.model` as keyword arguments for `create_model`.
 
-    Fields that some networks lack are included only if they are set. `init = "lsuv"` is left out,
-    because the run itself scales the initial weights (`start.make_initial_variables`). Raises
-    UserError for `model.input_size`.
+    Fields that some networks lack are included only if they are set. `init = "lsuv"` and
+    `whiten` are left out, because the run itself changes the initial weights
+    (`start.make_initial_variables`). Raises UserError for `model.input_size`.
     """
     if "input_size" in config.model:
         raise UserError(
@@ -41,6 +41,7 @@ def get_model_fields(config: Any) -> dict[str, Any]:
         )
     optional = ("num_classes", "init", "scan", "remat")
     fields = {name: v for name, v in config.model.items() if v or name not in optional}
+    fields.pop("whiten", None)
     if fields.get("init") == LSUV:
         del fields["init"]
     if config.train.sync_batchnorm:

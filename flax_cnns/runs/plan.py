@@ -231,12 +231,17 @@ class RunPlan:
             {
                 "image": (components.dataset.image_shape, images),
                 "label": (labels.shape[1:], labels.dtype),
+                **self._describe_mirror(),
             },
             self.config.data.batch_size,
             components.mesh,
             components.mode,
         )
         jax.eval_shape(step, state, batch, jax.random.key(0))
+
+    def _describe_mirror(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        flips = self.config.data.augment
+        return {"mirror": ((), np.bool_)} if flips.flip and flips.alternate_flip else {}
 
     def check_memory(self, train_step: Callable, state: TrainState, batch: Any, key: Any) -> None:
         """Raises UserError if the batches do not fit into a CPU's memory. Compiles the step."""

@@ -25,6 +25,7 @@ from flax_cnns.models import registry
 from flax_cnns.runs import workdir as workdirs
 from flax_cnns.runs.load import load_run
 from flax_cnns.runs.temperature import read_temperature
+from flax_cnns.train.mirror import average_mirrored
 from flax_cnns.types import Array, PyTree
 
 Prediction = tuple[str, float]  # a class and its probability
@@ -266,7 +267,7 @@ def make_predictor_from_run(
         f"{workdir.name}, step {step} ({why}): {config.model.name} on {dataset.name}{scaled}",
         read,
         box,
-        _make_probabilities(model, variables, normalize, temperature),
+        _make_probabilities(model, variables, normalize, temperature, config.train.eval_flip),
         loaded.class_names,
         CropReading(size, channels, Image.Resampling.BILINEAR, lambda pixels: pixels, decoder),
     )
@@ -296,10 +297,13 @@ def _make_probabilities(
     variables: PyTree,
     normalize: Callable[[Array], Array] = lambda x: x,
     temperature: float = 1.0,
+    flip: bool = False,
 ) -> Callable[[Any], Array]:
+    apply = average_mirrored(model.apply) if flip else model.apply
+
     @jax.jit
     def softmax(variables: PyTree, images: Array) -> Array:
-        logits: Any = model.apply(variables, normalize(images), train=False)
+        logits: Any = apply(variables, normalize(images), train=False)
         return jax.nn.softmax(logits / temperature)
 
     return partial(softmax, jax.device_put(variables))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +20,11 @@ from flax_cnns import tree as pytree
 from flax_cnns.errors import UserError, did_you_mean
 from flax_cnns.train import batchnorm_modes, checks, regularizers
 from flax_cnns.train.hooks import Regularizer
+from flax_cnns.train.lamb_and_muon import make_muon, scale_by_trust_ratio
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.types import Array, PyTree
 
-OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "lamb")
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "lamb", "muon")
 
 OptimizerFactory = Callable[..., optax.GradientTransformation]  # (learning_rate_schedule, **fields)
 
@@ -152,18 +152,6 @@ def _add_decoupled(
         return jax.tree.map(jnp.add, updates, decay), state
 
     return optax.GradientTransformationExtraArgs(chain.init, update)
-
-
-def _scale_by_trust_ratio() -> optax.GradientTransformation:
-    """LAMB's trust ratio, for each leaf; in a stack, for each block's leaf."""
-    scale = optax.scale_by_trust_ratio()
-
-    def scale_leaf(path: tuple, update: Array, weight: Array) -> Array:
-        ratio = lambda u, w: scale.update(u, optax.EmptyState(), w)[0]  # noqa: E731
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return (jax.vmap(ratio) if len(pytree.expand_stack(name)) > 1 else ratio)(update, weight)
-
-    return optax.stateless(partial(jax.tree_util.tree_map_with_path, scale_leaf))
 
 
 def _plateau_states(opt_state: PyTree) -> list[PlateauState]:
@@ -309,6 +297,9 @@ def make_optimizer(
     timm's Lamb uses the ratio only for leaves with weight decay (`always_adapt=False`), and first
     clips the gradient to a global norm of 1 (`max_grad_norm`, our `clip_norm`).
 
+    muon takes convolution kernels as matrices; all other leaves learn by sgd with the same
+    momentum, at the same rate: `lr_mult` gives them another.
+
     rmsprop is TensorFlow's, which trained EfficientNet and Inception v3: the mean of squares starts
     at 1, epsilon is inside the root, and the learning rate is inside the momentum.
 
@@ -363,10 +354,12 @@ def make_optimizer(
             before, after = [_own_optimizer(factory, factory_fields, schedule)], [scale_parts]
         case "sgd":
             before, after = [momentum], scaled
+        case "muon":
+            before, after = [make_muon(config.momentum, config.nesterov, momentum)], scaled
         case "adam" | "adamw":
             before, after = [adam], scaled
         case "lamb":
-            before, after = [adam], [_scale_by_trust_ratio(), *scaled]
+            before, after = [adam], [scale_by_trust_ratio(), *scaled]
         case "rmsprop":
             rms = optax.scale_by_rms(
                 config.decay_rate, config.eps, initial_scale=1.0, eps_in_sqrt=True

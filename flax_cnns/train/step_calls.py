@@ -21,8 +21,13 @@ from flax_cnns.train import parallel
 from flax_cnns.train.state import TrainState
 from flax_cnns.types import Array, Batch
 
-# The axis of each array of a call that is split over the devices; None: replicated.
-CALL_AXES = {"image": None, "label": None, "rows": 1}
+
+def list_axes(*, mirror: bool = False) -> dict[str, int | None]:
+    """Returns the axis of each array of a call that is split over the devices; None: replicated.
+
+    `mirror`: whether the batches say which images are mirrored.
+    """
+    return {"image": None, "label": None, "rows": 1} | ({"mirror": 1} if mirror else {})
 
 
 def loop_steps(
@@ -32,35 +37,45 @@ def loop_steps(
 
     `step` is that of `steps.make_train_step`, and is traced in `context()`. batch: {"image"
     [N H W C] and "label" [N ...]: all training examples; "rows" i32 [K n]: the examples of each
-    step on this device}. The sums have a new first axis [K].
+    step on this device; "mirror" bool [K n], if images are mirrored by epochs}. The sums have a new
+    first axis [K].
     """
 
     def call(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Any]:
-        def take(state: TrainState, rows: Array) -> tuple[TrainState, Any]:
+        def take(state: TrainState, of_step: Batch) -> tuple[TrainState, Any]:
+            rows = of_step.pop("rows")
             examples = {name: batch[name][rows] for name in ("image", "label")}
             with context():
-                return step(state, examples, key)
+                return step(state, examples | of_step, key)
 
-        return lax.scan(take, state, batch["rows"])
+        changing: Batch = {name: batch[name] for name in ("rows", "mirror") if name in batch}
+        return lax.scan(take, state, changing)
 
     return call
+
+
+def stack(batches: Iterable[Batch]) -> Batch:
+    """Stacks the arrays of the batches of one call: {"rows": i32 [n]} -> {"rows": i32 [K n]}."""
+    several = list(batches)
+    return {name: np.stack([batch[name] for batch in several]) for name in several[0]}
 
 
 def yield_calls(
     images: np.ndarray,
     labels: np.ndarray,
-    rows: Iterable[np.ndarray],
+    rows: Iterable[Batch],
     mesh: Mesh,
     *,
     mode: str = "shard_map",
 ) -> Generator[Batch]:
     """Yields the batches of calls. The examples are put on each device once.
 
-    rows: i32 [K n] for each call, n rows of this process for each of its K steps.
+    rows: {"rows": i32 [K n]} for each call, n rows of this process for each of its K steps, and
+    perhaps {"mirror": bool [K n]}.
     """
     examples = parallel.replicate({"image": images, "label": labels}, mesh)
     for call in rows:
-        yield examples | parallel.shard_batch({"rows": call}, mesh, mode, axis=1)
+        yield examples | parallel.shard_batch(call, mesh, mode, axis=1)
 
 
 def check_periods(steps_per_call: int, periods: dict[str, int]) -> None:

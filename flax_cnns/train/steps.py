@@ -1,6 +1,6 @@
-"""The training step and the evaluation step, written as if there were one device.
+"""The training step, written as if there were one device.
 
-Both run inside `parallel.parallelize`, which names the mapped axis. `take_step` is the training
+It runs inside `parallel.parallelize`, which names the mapped axis. `take_step` is the training
 step; the functions below it are its stages, in the order in which it calls them.
 """
 
@@ -23,6 +23,7 @@ from flax_cnns.errors import UserError
 from flax_cnns.train import batchnorm_modes, losses, parallel, regularizers
 from flax_cnns.train.hooks import Regularizer
 from flax_cnns.train.metrics import Metric, check_own_metrics, sum_metrics
+from flax_cnns.train.mirror import mirror_images
 from flax_cnns.train.optimizers import Optimizer
 from flax_cnns.train.schedules import Schedule
 from flax_cnns.train.state import TrainState
@@ -82,7 +83,7 @@ def prepare_examples(
     """Augments and mixes a device's examples; the hooks of `active` regularizers act after that."""
     device, n = lax.axis_index(axis_name), batch["label"].shape[0]
     keys = image_keys(key, step, device * n, n)
-    images = regularizers.augment(active, augment(batch["image"], keys), keys)
+    images = regularizers.augment(active, augment(mirror_images(batch), keys), keys)
     mix_key = stream_key(key, Stream.MIX, step)
     images, labels = mix(images, batch["label"], mix_key)
     images, labels = regularizers.mix(active, images, labels, mix_key)
@@ -111,12 +112,15 @@ def make_loader_augment(
         key = seed_key()
 
     @jax.jit
-    def augment_images(images: Array, key: Array, step: Array) -> Array:
+    def augment_images(batch: Batch, key: Array, step: Array) -> Array:
+        images = mirror_images(batch)
         return augment(images, image_keys(key, step, first, len(images)))
 
     def augment_batch(batch: Batch, step: int) -> Batch:
-        images, at = jax.device_put((batch["image"], np.int32(step)), cpu)
-        return batch | {"image": np.asarray(augment_images(images, key, at))}
+        given = {name: batch[name] for name in ("image", "mirror") if name in batch}
+        given, at = jax.device_put((given, np.int32(step)), cpu)
+        others = {name: value for name, value in batch.items() if name != "mirror"}
+        return others | {"image": np.asarray(augment_images(given, key, at))}
 
     return augment_batch
 
@@ -354,47 +358,3 @@ def reject_non_finite(
     sums["bad"] = jnp.where(finite, 0.0, 1.0)
     sums["norm"] = jnp.where(finite, norm, 0.0)
     return new, sums
-
-
-# ---------------------------------------------------------------------------- evaluation
-
-
-def make_eval_step(
-    apply_fn: Callable,
-    *,
-    normalize: Callable[[Array], Array],
-    num_classes: int,
-    loss: losses.Loss | None = None,
-    metrics: Mapping[str, Metric] = {},
-    task: str = "classes",
-    confusion: bool = False,
-    axis_name: str = "batch",
-) -> Callable[[PyTree, Batch, Any], dict[str, Array]]:
-    """Returns `step(variables, batch, key) -> sums` over the global batch; the key is not used.
-
-    batch: {"image" u8 [n H W C], "label" i32 [n] or f32 [n K], "mask" f32 [n]}; rows with mask 0
-    are not counted. `loss`, `metrics` and `task` are as in `StepConfig`. `confusion` adds the sum
-    "confusion" f32 [K K]: rows are true classes, columns predicted ones.
-
-    Raises `UserError` as `make_train_step` does, and for a confusion matrix of multilabel data.
-    """
-    check_own_metrics(metrics)
-    loss = losses.select_loss(loss, task)
-    if confusion and task == "multilabel":
-        raise UserError("a confusion matrix needs one class per example, not multilabel data")
-
-    def eval_step(variables: PyTree, batch: Batch, key: Any = None):
-        del key
-        labels, mask = batch["label"], batch["mask"]
-        logits = apply_fn(variables, normalize(batch["image"]), train=False)
-        soft = losses.soft_labels(labels, num_classes)
-        losses.check_logits(logits, *soft.shape)
-        each = loss(logits, soft)
-        sums = sum_metrics(each, logits, labels, soft, mask, task=task, own_metrics=metrics)
-        if confusion:
-            labels = labels if labels.ndim == 1 else jnp.argmax(soft, -1)
-            empty = jnp.zeros((num_classes, num_classes), jnp.float32)
-            sums["confusion"] = empty.at[labels, jnp.argmax(logits, -1)].add(mask)
-        return lax.psum(sums, axis_name)
-
-    return eval_step

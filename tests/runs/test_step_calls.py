@@ -90,9 +90,9 @@ def test_rows_of_a_call_are_the_batches_of_its_steps(config):
             mesh,
             mode=mode,
             donate=False,
-            axes=step_calls.CALL_AXES,
+            axes=step_calls.list_axes(),
         )
-        (call,) = step_calls.yield_calls(images, labels, [rows], mesh, mode=mode)
+        (call,) = step_calls.yield_calls(images, labels, [{"rows": rows}], mesh, mode=mode)
         state, sums = mapped(parallel.replicate(np.int32(0), mesh), call, jax.random.key(0))
         np.testing.assert_array_equal(state, [3, 3])
         np.testing.assert_array_equal(sums["first"], [[[0], [4], [8]], [[2], [6], [10]]])

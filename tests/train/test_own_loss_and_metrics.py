@@ -13,7 +13,7 @@ import pytest
 from flax_cnns.data.mix import make_mix
 from flax_cnns.errors import UserError
 from flax_cnns.evaluation.exact import evaluate, summarize
-from flax_cnns.train import losses, metrics, parallel, steps
+from flax_cnns.train import evaluation_step, losses, metrics, parallel
 from tests.train import tiny
 from tests.train.test_steps import distance
 
@@ -322,7 +322,7 @@ def test_a_loss_that_is_not_one_number_an_example(loss, message):
     ],
 )
 def test_a_network_that_gives_no_logits(logits, came):
-    step = steps.make_eval_step(
+    step = evaluation_step.make_eval_step(
         lambda *given, **named: logits, normalize=jnp.asarray, num_classes=7
     )
     mapped = parallel.parallelize(step, parallel.make_mesh(jax.devices()[:1]))
@@ -334,7 +334,7 @@ def test_a_network_that_gives_no_logits(logits, came):
 
 def test_many_labels_have_no_confusion_matrix():
     with pytest.raises(UserError, match="not multilabel data"):
-        steps.make_eval_step(
+        evaluation_step.make_eval_step(
             tiny.Tiny().apply,
             normalize=jnp.asarray,
             num_classes=K,

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs.common import get_config
 from flax_cnns.data.augment import make_augment, make_normalize
 from flax_cnns.data.mix import make_mix
-from flax_cnns.train import optimizers, parallel, regularizers, schedules, steps
+from flax_cnns.train import evaluation_step, optimizers, parallel, regularizers, schedules, steps
 from flax_cnns.train.state import TrainState
 
 SHAPE, CLASSES = (8, 8, 1), 7
@@ -104,7 +104,7 @@ def setup(
         ema_warmup=config.train.ema_warmup,
         accumulate=config.train.accumulate,
     )
-    evaluation = steps.make_eval_step(
+    evaluation = evaluation_step.make_eval_step(
         model.apply,
         normalize=make_normalize(config.data.augment, **stats),
         num_classes=CLASSES,
