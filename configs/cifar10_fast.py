@@ -1,4 +1,4 @@
-"""airbench94's recipe on CIFAR-10: as accurate as possible in a few epochs.
+"""airbench94's recipe on CIFAR-10: as accurate as possible in ten epochs.
 
   python -m experiments.train --workdir=runs/fast --config=configs/cifar10_fast.py
   python -m experiments.train --workdir=runs/smoke --config=configs/cifar10_fast.py:smoke
@@ -36,9 +36,7 @@ def get_config(mode: str = "") -> ConfigDict:
     config.optimizer.momentum = 0.6
     config.optimizer.nesterov = True
     config.optimizer.trainable = ((r"params/whiten/kernel", False), (r".*", True))
-    config.optimizer.lr_mult = ((r".*/kernel", 1.0), (r".*/bias", 1.0))
     config.schedule.learning_rate = 0.05
-    config.schedule.end = 0.0
     config.train.duration = "10 epochs"
     config.train.eval_flip = True
     config.train.eval_every = "0 steps"

@@ -292,8 +292,8 @@ BREAKS = [
     ),
     Break(
         f"{P}data/pipeline.py",
-        "start = step * batch_size + first",
-        "start = step * n + first",
+        "range(step * batch_size + first, step * batch_size + first + n)",
+        "range(step * n + first, step * n + first + n)",
         "tests/data/test_pipeline.py",
         "with several processes an epoch shows images twice",
     ),

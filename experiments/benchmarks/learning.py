@@ -48,6 +48,7 @@ CASES = {  # one variant of each family
     "all_cnn_c": LearningCase(16, 300, 3e-4),
     "dsn": LearningCase(16, 300, 3e-4),
     "highway_19": LearningCase(16, 250, 1e-3),
+    "airbench94": LearningCase(16, 150, 1e-2, dict(widths=(16, 32, 32))),
     "simpnet_slim_300k": LearningCase(16, 100, fields=dict(momentum=0.9)),
     "googlenet_tv_aux": LearningCase(64, 100, fields=dict(table=_GOOGLENET)),
     "inception_v3": LearningCase(75, 80, fields=dict(pool_projs=(32,), widths=(128,))),

@@ -71,6 +71,7 @@ NETWORKS = {  # by family
     "all_cnn": ZooNetwork("all_cnn_c", 16),
     "dsn": ZooNetwork("dsn", 16),
     "highway": ZooNetwork("highway_19", 16),
+    "airbench": ZooNetwork("airbench94", 64),
     "convnext": ZooNetwork("convnext_tiny", 4, 96, "convnext_tiny"),
     "vit": ZooNetwork("vit_tiny_patch16_224", 8, 224, "vit_tiny_patch16_224"),
 }

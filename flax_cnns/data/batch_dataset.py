@@ -128,6 +128,11 @@ def apply_config(data: Dataset, config: Any) -> Dataset:
             f"data.{name}={config[name]!r} does not apply to your own batches ({data.name}), whose"
             f" order is fixed; {remedy}"
         )
+    if config.augment.flip and config.augment.alternate_flip:
+        raise UserError(
+            "data.augment.alternate_flip needs to know the epochs of each image, which batches of"
+            " Dataset.from_batches do not tell; leave it at False"
+        )
     check_augment(data, config)
     if config.augment.pca:
         raise UserError(

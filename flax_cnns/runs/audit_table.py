@@ -80,6 +80,7 @@ NETWORKS = {  # by family
     "all_cnn": AuditedNetwork("all_cnn_c"),
     "dsn": AuditedNetwork("dsn"),
     "highway": AuditedNetwork("highway_19"),
+    "airbench": AuditedNetwork("airbench94"),
     "convnext": AuditedNetwork("convnext_atto", fields={"depths": (1, 1, 1, 1)}),
     "vit": AuditedNetwork("vit_tiny_patch16_224", fields={"patch": 4, "depth": 2}),
 }

@@ -212,6 +212,9 @@ NETWORKS = {
     "all_cnn": [Network("all_cnn_c", 192, 9, options=dict(input_dropout=0.3, dropout=0.25))],
     "dsn": [Network("dsn", 192, 4, options=DROPOUT, aux=("aux1", "aux2", "aux3"))],
     "highway": [Network("highway_19", 100, options=DROPOUT)],
+    "airbench": [
+        Network("airbench94", 16, 9, dict(widths=(8, 12, 16)), dict(momentum=0.9, epsilon=0.01))
+    ],
     "convnext": [
         Network("convnext_atto", 320, 32, ONE_BLOCK, RESIDUAL | STACKED | dict(epsilon=0.01)),
     ],

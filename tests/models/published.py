@@ -355,6 +355,8 @@ PUBLISHED = {
     # highway
     "highway_19": Row(2_256_838, HAND),
     "highway_32": Row(1_264_502, HAND),
+    # airbench
+    "airbench94": Row(1_971_640, HAND),
     # convnext
     "convnext_atto": Row(3_695_520, TIMM, 0.55, TIMM_TABLE, within=0.01),
     "convnext_femto": Row(5_217_784, TIMM),

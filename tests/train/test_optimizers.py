@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs.common import get_config
@@ -340,3 +341,33 @@ def test_a_stack_is_frozen_whole_or_not_at_all():
     assert optimizer.trainable["stage1"]["block2-4"]["kernel"] is False
     with pytest.raises(UserError, match=r"'stage1/block2-4/kernel'.*model\.scan=False"):
         make(params=stacked, trainable=((r".*/block[12]/.*", False), (r".*", True)))
+
+
+def test_muon_is_optaxs_for_kernels_and_sgd_for_the_rest():
+    key = jax.random.key(0)
+    kernel = jax.random.normal(key, (3, 3, 4, 6))
+    stack = jnp.stack([kernel, 2 * kernel])
+    params = {"conv": {"kernel": kernel, "bias": jnp.ones(6)}, "head": {"kernel": jnp.ones((6, 2))}}
+    grads = jax.tree.map(lambda leaf: leaf + 0.3, params)
+    found, state = run(make(name="muon", nesterov=True, params=params), params=params, grads=grads)
+
+    matrix = kernel.reshape(36, 6)
+    theirs = optax.contrib.muon(0.1, beta=0.9, nesterov=True)
+    w, inner = {"kernel": matrix}, theirs.init({"kernel": matrix})
+    for _ in range(3):
+        updates, inner = theirs.update({"kernel": matrix + 0.3}, inner, w)
+        w = optax.apply_updates(w, updates)
+    np.testing.assert_allclose(found["conv"]["kernel"].reshape(36, 6), w["kernel"], atol=1e-5)
+    plain, _ = run(make(nesterov=True, params=params), params=params, grads=grads)
+    np.testing.assert_array_equal(found["conv"]["bias"], plain["conv"]["bias"])
+    np.testing.assert_array_equal(found["head"]["kernel"], plain["head"]["kernel"])
+    assert jax.tree.leaves(state)
+
+    # In a stack of blocks, each block's kernel is a matrix of its own.
+    stacked = {"stage1": {"block1-2": {"kernel": stack}}}
+    found, _ = run(make(name="muon", params=stacked), params=stacked, grads=stacked, steps=1)
+    for i in range(2):
+        one = {"conv": {"kernel": stack[i]}}
+        alone, _ = run(make(name="muon", params=one), params=one, grads=one, steps=1)
+        block = found["stage1"]["block1-2"]["kernel"][i]
+        np.testing.assert_allclose(block, alone["conv"]["kernel"], atol=1e-5)

@@ -14,6 +14,7 @@ from flax_cnns.models.lenet import make_rbf_codes
 from flax_cnns.models.sparse_densenet import farthest_and_nearest
 from tests.models import foreign
 from tests.models.straight import (
+    airbench,
     alexnet,
     all_cnn,
     cifar_resnet,
@@ -100,6 +101,7 @@ CASES = [
     Case("all_cnn_b", all_cnn.all_cnn_b, 20),
     Case("all_cnn_c", all_cnn.all_cnn_c, 20),
     Case("dsn", dsn.dsn, 20),
+    Case("airbench94", airbench.airbench94, 28, {"widths": (4, 6, 8)}),
     Case("highway_19", highway.highway_19, 12),
     Case("highway_32", highway.highway_32, 12, slow=True),
     Case("simpnet_5m", simpnet.simpnet, 12, slow=True),
