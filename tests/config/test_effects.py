@@ -46,7 +46,7 @@ def test_the_rows_are_fields_and_the_defaults_are_without_doubt():
         ),
         (
             dict(optimizer__name="adam", optimizer__momentum=0.95),
-            "only sgd and rmsprop use it, and",
+            "only sgd, muon and rmsprop use it, and",
         ),
         (dict(optimizer__nesterov=True, optimizer__momentum=0.0), "optimizer.momentum is 0.0;"),
         (dict(optimizer__eps=1e-7), "adam, adamw, lamb and rmsprop use it"),
