@@ -202,7 +202,7 @@ def test_the_dry_run_accepts_what_acts(config):
 
 def test_a_new_run_is_refused_before_anything_is_written(config, tmp_path):
     config.optimizer.update(momentum=0.95, nesterov=True)
-    said = r"momentum=0\.95: only sgd and.* \| config\..*nesterov"
+    said = r"momentum=0\.95: only sgd, muon and.* \| config\..*nesterov"
     for refused in (lambda: run(config, tmp_path / "run"), lambda: runs_plan.dry_run(config)):
         with pytest.raises(UserError, match=said):
             refused()

@@ -257,7 +257,10 @@ def test_objects_without_a_name_work_in_this_process(tmp_path, capsys):
         (dict(train={"best_mode": "auto"}), "is the highest or the lowest 'recall' the best"),
         (dict(data={"image_size": 16}), "data.image_size=16: your own data are used as they are"),
         (dict(data={"workers": 2}), "data.workers=2: your own arrays and batches are not"),
-        (dict(optimizer={"momentum": 0.5}), "config.optimizer.momentum=0.5: only sgd and rmsprop"),
+        (
+            dict(optimizer={"momentum": 0.5}),
+            "config.optimizer.momentum=0.5: only sgd, muon and rmsprop",
+        ),
         (dict(data={"name": f"{HERE}:no_data"}, own={"digits": 3}), "own.digits"),
         (dict(train={"callbacks": (f"{HERE}:Shrink",)}), "Shrink"),
         (dict(train={"callbacks": (f"{HERE}:scalar_loss",)}), "expected a class or a factory"),

@@ -707,7 +707,7 @@ def test_a_directory_in_use_or_of_something_else(config, tmp_path):
         (
             "optimizer.nesterov",
             True,
-            "only sgd with momentum uses it, and optimizer.name is .adam.",
+            "only sgd and muon with momentum use it, and optimizer.name is .adam.",
         ),
     ],
 )
