@@ -17,13 +17,14 @@ python -m experiments.benchmark seeds --model=lenet5 --seeds=8
 python -m experiments.benchmark learn --models=lenet5
 python -m experiments.benchmark compiled --topology=h100 --device=cpu
 python -m experiments.benchmark zoo --out=zoo.csv
+python -m experiments.benchmark fast --data=FOLDER --out=fast.csv
 python -m experiments.benchmark gpu --out=gpu.csv
 
 Candidates run in turn, A B A B. A time is the median over the rounds. A ratio is the median of the
 rounds' ratios, shown with the smallest and the largest. Every command prints a table and writes two
 files: a JSON file with each round, the versions and the device, and a bar chart next to it. PyTorch
-is optional: pip install -e ".[bench]". `zoo` and `gpu` measure many things in processes of their
-own, and write one CSV file, with which a killed command goes on.
+is optional: pip install -e ".[bench]". `zoo`, `fast` and `gpu` measure many things in processes
+of their own, and write one CSV file, with which a killed command goes on.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from experiments.benchmarks import (
     corruptions,
     crops,
     explain,
+    fast,
     flags,
     gpu,
     input_stages,
@@ -177,6 +179,14 @@ COMMANDS = {
         zoo.COLUMNS,
         zoo.add_zoo_flags,
         zoo.measure_zoo,
+        None,
+        writes_json=False,
+    ),
+    "fast": Command(
+        "Time to an accuracy against PyTorch",
+        fast.COLUMNS,
+        fast.add_fast_flags,
+        fast.measure_fast,
         None,
         writes_json=False,
     ),
