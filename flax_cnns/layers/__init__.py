@@ -1,6 +1,6 @@
 """Layers and building blocks that networks share. They do not import any network."""
 
-from flax_cnns.layers.attention import MultiHeadAttention
+from flax_cnns.layers.attention import MultiHeadAttention, flat_dot_general
 from flax_cnns.layers.building import building_blocks, classify, classify_by_maps, make_head
 from flax_cnns.layers.cell import Cell, CellRecipe, PaddingRules, ReluConvNorm
 from flax_cnns.layers.checks import check_fields, check_images, check_stages
@@ -86,6 +86,7 @@ __all__ = [
     "draw_columns",
     "drop_rates",
     "fixup",
+    "flat_dot_general",
     "for_block",
     "fractal_join",
     "gaussian",

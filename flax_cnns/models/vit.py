@@ -157,7 +157,12 @@ class ViT(nn.Module):
         block = partial(
             Block,
             self.heads,
-            partial(nn.Dense, kernel_init=kernel_init, **types),
+            partial(
+                nn.Dense,
+                kernel_init=kernel_init,
+                dot_general=layers.flat_dot_general,
+                **types,
+            ),
             norm,
             expansion=self.expansion,
             dropout=self.dropout,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_cnns import layers
 from flax_cnns.analysis.cost import cost
 from flax_cnns.errors import UserError
 from flax_cnns.layers import MultiHeadAttention
@@ -54,3 +56,14 @@ def test_macs_are_those_of_the_dense_layers_and_of_both_products():
 def test_heads_that_do_not_divide():
     with pytest.raises(UserError, match="a number of heads that divides 12 channels, got 5"):
         MultiHeadAttention(5, nn.Dense).init(jax.random.key(0), X)
+
+
+def test_dense_layers_on_tokens_are_those_of_flax():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4))
+    plain, flat = nn.Dense(3), nn.Dense(3, dot_general=layers.flat_dot_general)
+    params = plain.init(jax.random.key(1), x)
+
+    def loss(dense):
+        return jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(dense.apply(p, x))), (0, 1))
+
+    chex.assert_trees_all_close(loss(flat)(params, x), loss(plain)(params, x), rtol=1e-5)
