@@ -59,7 +59,7 @@ NETWORKS = {  # by family
     "vgg": ZooNetwork("vgg11_bn", 4, 96, "vgg11_bn"),
     "squeezenet": ZooNetwork("squeezenet1_1", 16, 96, "squeezenet1_1"),
     "xception": ZooNetwork("xception", 4, 139, "legacy_xception"),
-    "mobilenet_v1": ZooNetwork("mobilenet_v1_100", 8, 96),
+    "mobilenet_v1": ZooNetwork("mobilenet_v1_100", 8, 96, "mobilenetv1_100"),
     "mobilenet_v2": ZooNetwork("mobilenet_v2", 8, 96, "mobilenet_v2"),
     "mobilenet_v3": ZooNetwork("mobilenet_v3_small", 8, 96, "mobilenet_v3_small"),
     "nas": ZooNetwork("nas_v1", 8),
