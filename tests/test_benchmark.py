@@ -283,7 +283,8 @@ def test_zoo_goes_on_and_names_the_slowest(tmp_path, capsys, monkeypatch):
             table.add(zoo.PART, name, [], seconds=1.0, status=FAILED, note="exit code 1")
         else:
             found = [] if name == zoo.MACHINE else make_zoo_measures(ratios[name])
-            table.add(zoo.PART, name, found, seconds=30.0)
+            note = "" if name == zoo.MACHINE else zoo.NETWORKS[name].describe()
+            table.add(zoo.PART, name, found, seconds=30.0, note=note)
 
     monkeypatch.setattr(zoo, "_measure_in_process", measure)
     flags = ["zoo", "--families=resnet,lenet,vgg", f"--out={tmp_path / 'z.csv'}"]
@@ -295,6 +296,10 @@ def test_zoo_goes_on_and_names_the_slowest(tmp_path, capsys, monkeypatch):
     assert "1 left, about 0 minutes, by the networks so far" in out
     assert "slowest training steps, ours / PyTorch: vgg11_bn 2.50, resnet50 1.25" in out
     assert (tmp_path / "z.png").stat().st_size > 0
+    monkeypatch.setitem(zoo.NETWORKS, "lenet", zoo.NETWORKS["lenet"]._replace(batch=2))
+    assert benchmark.main(flags) == 0
+    assert measured[5:] == ["lenet"]  # its batch has changed
+    capsys.readouterr()
     assert benchmark.main(["zoo", "--families=resent", f"--out={tmp_path / 'z.csv'}"]) == 2
     assert "did you mean 'resnet'" in capsys.readouterr().err
 
@@ -315,7 +320,9 @@ def test_zoo_measures_in_processes(tmp_path, capfd, monkeypatch):
     assert rows["parameters"]["value"] == "61706"
     assert 0 < float(rows["training, ours"]["low"]) <= float(rows["training, ours"]["high"])
     assert rows["training, ours"]["note"] == "PyTorch has no such network"
-    assert "broken: exit code 1" in capfd.readouterr().out
+    assert "broken: exit code 1: KeyError: 'network'" in capfd.readouterr().out
+    (failed,) = [r for r in csv.DictReader(path.open()) if r["status"] == "failed"]
+    assert failed["note"] == "exit code 1: KeyError: 'network'"
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import datetime
 import fcntl
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,6 +115,17 @@ class ResultTable:
     def forget(self, part: str, statuses: Sequence[str]) -> None:
         """Removes the cases of a part with these statuses, so that they are measured again."""
         self.rows = [r for r in self.rows if r["part"] != part or r["status"] not in statuses]
+        self._rewrite()
+
+    def drop_changed(self, part: str, notes: Mapping[str, str]) -> None:
+        """Removes the cases of a part whose note is not the one in `notes`, by case."""
+        ends = [row for row in self.rows if row["part"] == part and row["measure"] == END]
+        changed = {
+            row["case"]
+            for row in ends
+            if row["status"] == OK and row["note"] != notes.get(row["case"], row["note"])
+        }
+        self.rows = [r for r in self.rows if r["part"] != part or r["case"] not in changed]
         self._rewrite()
 
     def _rewrite(self) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,6 +73,7 @@ def measure_zoo(args: argparse.Namespace, report: BenchmarkReport) -> int:
     table = ResultTable(path, describe_origin(settings))
     if args.retry:
         table.forget(PART, (FAILED,))
+    table.drop_changed(PART, {name: NETWORKS[name].describe() for name in families})
     left = [name for name in (MACHINE, *families) if not table.is_done(PART, name)]
     _print_forecast(left, table)
     for i, name in enumerate(left):
@@ -123,29 +125,34 @@ def _measure_in_process(name: str, settings: ZooSettings, table: ResultTable) ->
     job = {"name": name, "settings": settings._asdict()}
     if name != MACHINE:
         job["network"] = NETWORKS[name]._asdict()
-    pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     environment = {**os.environ, "JAX_PLATFORMS": jax.devices()[0].platform}
-    child = subprocess.Popen(CHILD, cwd=ROOT, env=environment, **pipes)
-    assert child.stdin is not None  # it is a pipe
-    assert child.stdout is not None
-    child.stdin.write(json.dumps(job) + "\n")
-    child.stdin.flush()
-    try:
-        child.wait(LIMIT)
-    except subprocess.TimeoutExpired:
-        table.add(PART, name, [], seconds=LIMIT, status=FAILED, note=f"took {LIMIT:.0f} s")
-        return
-    finally:
-        child.kill()
-    lines = child.stdout.read().splitlines()
-    seconds = time.time() - began
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(CHILD, cwd=ROOT, env=environment, stderr=errors, **pipes)
+        assert child.stdin is not None  # it is a pipe
+        assert child.stdout is not None
+        child.stdin.write(json.dumps(job) + "\n")
+        child.stdin.flush()
+        try:
+            child.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            note = f"took {LIMIT:.0f} s"
+            table.add(PART, name, [], seconds=LIMIT, status=FAILED, note=note)
+            return
+        finally:
+            child.kill()
+        lines, seconds = child.stdout.read().splitlines(), time.time() - began
+        errors.seek(0)
+        said = errors.read()
     if child.returncode:
-        note = f"exit code {child.returncode}"
+        print(said, end="", file=sys.stderr)
+        note = f"exit code {child.returncode}: {(said.splitlines() or [''])[-1]}"
         table.add(PART, name, [], seconds=seconds, status=FAILED, note=note)
         print(f"{name}: {note}", flush=True)
         return
     measures = [Measure(*each) for each in json.loads(lines[-1])]
-    table.add(PART, name, measures, seconds=seconds, note=job.get("network", {}).get("name", ""))
+    note = "" if name == MACHINE else NETWORKS[name].describe()
+    table.add(PART, name, measures, seconds=seconds, note=note)
 
 
 def run_child() -> None:
