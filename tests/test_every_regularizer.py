@@ -26,6 +26,7 @@ from flax_cnns.train.state import TrainState
 REGULARIZERS = {name: field for name, field in configs.FIELDS.items() if field.regularizer}
 # Fields that only say how a regularizer works have no effect while it is off.
 HOW = {
+    "data.augment.alternate_flip": True,
     "optimizer.weight_decay_mode": "decoupled",
     "optimizer.grad_noise_decay": 0.9,
     "train.dropout_mode": "channel",

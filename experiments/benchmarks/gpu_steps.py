@@ -247,7 +247,7 @@ NETWORKS = (
     *("cifar_preact110", "inception_v4", "inception_resnet_v2", "nasnet_a_mobile"),
     *("pnasnet5large", "fractalnet_20", "nas_bench_201_resnet", "nas_v1", "rir_18", "nin_cifar10"),
     *("all_cnn_c", "dsn", "highway_19", "zfnet_fig3", "simpnet_5m", "sparsenet_40_24"),
-    *("sparse_densenet_bc", "deck003_cifar100_example"),
+    *("sparse_densenet_bc", "deck003_cifar100_example", "airbench94"),
 )
 SMOKE_NETWORKS: dict[str, dict[str, Any]] = {
     "lenet5": {},

@@ -103,8 +103,8 @@ TABLE = section("A config.",
             " memory_limit, and are not photographs that random_resized_crop crops at full size."),
         memory_limit=Field(4.0, number(), "Limit for in_memory=auto, in GiB."),
         decoder=Field("pillow", one_of("pillow", "opencv"),
-            "What decodes JPEGs. opencv takes less time, resizes by area, and rounds crops to whole"
-            " pixels; Pillow reads all other files, and CMYK.",
+            "What decodes JPEGs. opencv takes less time, rounds crops to whole pixels, and does not"
+            " blur what shrinks by less than 1.4. Pillow reads all other files, and CMYK.",
             older_runs="pillow"),
         threads=Field(8, integer(), "Decoding threads of the streaming loader."),
         workers=Field(0, integer(), "Worker processes of the streaming loader."),

@@ -16,6 +16,7 @@ from flax_cnns.data.array_dataset import Normalization, check_augment, resolve_m
 from flax_cnns.data.known_datasets import IMAGENET
 from flax_cnns.data.splits import find_notes
 from flax_cnns.data.statistics import convert_to_channels
+from flax_cnns.data.streams import alternates_flips
 from flax_cnns.data.types import Dataset, Split
 from flax_cnns.errors import UserError, did_you_mean
 
@@ -128,7 +129,7 @@ def apply_config(data: Dataset, config: Any) -> Dataset:
             f"data.{name}={config[name]!r} does not apply to your own batches ({data.name}), whose"
             f" order is fixed; {remedy}"
         )
-    if config.augment.flip and config.augment.alternate_flip:
+    if alternates_flips(config.augment):
         raise UserError(
             "data.augment.alternate_flip needs to know the epochs of each image, which batches of"
             " Dataset.from_batches do not tell; leave it at False"

@@ -89,7 +89,7 @@ def read_box(
     channels].
 
     `box_of(width, height)` returns the box, in pixels of the upright image. `decoder` is a value of
-    `data.decoder`: "opencv" resizes JPEGs by area.
+    `data.decoder`: "opencv" decodes JPEGs faster (opencv.py).
     """
     return read_boxes(image, [box_of], size, channels, decoder=decoder)[0]
 

@@ -18,6 +18,7 @@ from flax_cnns.errors import UserError
 END = b"\xff\xd9"  # the marker at the end of a JPEG
 TAIL = 64  # bytes after which zeros may follow the marker
 REDUCTIONS = (8, 4, 2)
+BLUR = 1.4  # an axis that shrinks by this factor or more is blurred first
 
 
 def import_opencv() -> ModuleType:
@@ -47,8 +48,9 @@ def read_boxes(
 ) -> list[np.ndarray] | None:
     """Reads boxes as u8 [size size channels]: (left, top, right, bottom) in stored pixels.
 
-    Edges are rounded to whole pixels. An axis that shrinks is resized by area, which is
-    antialiased; an axis that grows is resized linearly. Returns None if Pillow must read the image.
+    Edges are rounded to whole pixels. The decoder reduces what shrinks twofold or more, and an axis
+    that still shrinks by `BLUR` or more is blurred before it is resized linearly. Returns None if
+    Pillow must read the image.
     """
     data = _read_bytes(image)
     if data is None:
@@ -90,10 +92,9 @@ def _read_bytes(image: Image.Image) -> bytes | None:
 
 
 def _resize(cv2: ModuleType, part: np.ndarray, size: int) -> np.ndarray:
-    height, width = part.shape[:2]
-    smaller = min(width, size), min(height, size)
-    if smaller != (width, height):
-        part = cv2.resize(part, smaller, interpolation=cv2.INTER_AREA)
-    if smaller != (size, size):
-        part = cv2.resize(part, (size, size), interpolation=cv2.INTER_LINEAR)
-    return part
+    """Resizes linearly. An axis that shrinks much is blurred first, by (1, 2, 1) / 4, as Pillow's
+    bilinear filter would; OpenCV's INTER_AREA takes three times as long."""
+    height, width = (3 if side >= BLUR * size else 1 for side in part.shape[:2])
+    if (height, width) != (1, 1):
+        part = cv2.GaussianBlur(part, (width, height), 0)
+    return cv2.resize(part, (size, size), interpolation=cv2.INTER_LINEAR)

@@ -26,7 +26,13 @@ from PIL import Image
 from flax_cnns.data import batch_stream
 from flax_cnns.data.images import center_box, read_box
 from flax_cnns.data.readers.arrays import ArraySource
-from flax_cnns.data.streams import EvalStream, TrainStream, find_row, is_mirrored
+from flax_cnns.data.streams import (
+    EvalStream,
+    TrainStream,
+    alternates_flips,
+    find_row,
+    is_mirrored,
+)
 from flax_cnns.data.types import (
     ArrayRows,
     Dataset,
@@ -65,7 +71,7 @@ def train_batches(
     if dataset.is_stream:
         process = process_index, process_count
         return batch_stream.TrainBatches(dataset, batch_size, start_step, process)
-    alternate = config.augment.flip and config.augment.alternate_flip
+    alternate = alternates_flips(config.augment)
     if train.images is not None:
         assert train.labels is not None
         rows = _yield_rows(len(train.images), seed, start_step, batch_size, first, n, alternate)
@@ -94,7 +100,7 @@ def train_rows(
     Raises UserError if `batch_size` is not a multiple of `process_count`.
     """
     n = _local_size("batch_size", config.batch_size, process_count)
-    alternate = config.augment.flip and config.augment.alternate_flip
+    alternate = alternates_flips(config.augment)
     first = process_index * n
     return _yield_rows(size, seed, start_step, config.batch_size, first, n, alternate)
 

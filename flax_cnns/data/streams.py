@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,6 +29,12 @@ def find_row(position: int, seed: int, size: int) -> int:
     """Returns the example at a position of the endless stream."""
     epoch, offset = divmod(position, size)
     return int(permutation(seed, epoch, size)[offset])
+
+
+def alternates_flips(augment: Any) -> bool:
+    """Whether images are mirrored in every second epoch. Batches then say which images. `augment`
+    is the section `config.data.augment`."""
+    return augment.flip and augment.alternate_flip
 
 
 @functools.lru_cache(maxsize=2)

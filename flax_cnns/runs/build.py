@@ -284,7 +284,7 @@ def make_train_call(
     """Returns the parallelized loop over `train.steps_per_call` training steps (step_calls.py)."""
     step = _make_step(components, optimizer, steps_per_epoch)
     call = step_calls.loop_steps(step, inside_control_flow)
-    axes = step_calls.list_axes(mirror=components.config.data.augment.alternate_flip)
+    axes = step_calls.list_axes(mirror=augment.alternates_flips(components.config.data.augment))
     return parallel.parallelize(call, components.mesh, mode=components.mode, axes=axes)
 
 

@@ -27,6 +27,7 @@ from flax_cnns.analysis.device import program_memory
 from flax_cnns.analysis.flops import count_flops
 from flax_cnns.analysis.hlo import read_traffic
 from flax_cnns.data.blank import make_blank_dataset
+from flax_cnns.data.streams import alternates_flips
 from flax_cnns.errors import UserError
 from flax_cnns.runs import own_parts
 from flax_cnns.runs.build import build_components, make_train_step
@@ -104,7 +105,7 @@ class TargetStep:
             images = np.dtype(np.float32)
         labels = np.zeros(1, np.int32) if train.labels is None else train.labels
         flips = self.config.data.augment
-        mirrors = flips.flip and flips.alternate_flip and flips.where == "device"
+        mirrors = alternates_flips(flips) and flips.where == "device"
         return {
             "image": jax.ShapeDtypeStruct(
                 (batch_size, *dataset.image_shape), images, sharding=sharding

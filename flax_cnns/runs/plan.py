@@ -18,6 +18,7 @@ from flax_cnns import config as configs
 from flax_cnns.analysis.cost import cost
 from flax_cnns.checkpoint.graft import graft as grafting
 from flax_cnns.checkpoint.graft.sources import GraftSource, open_source
+from flax_cnns.data.streams import alternates_flips
 from flax_cnns.errors import UserError
 from flax_cnns.layers import norm
 from flax_cnns.runs.build import (
@@ -240,8 +241,8 @@ class RunPlan:
         jax.eval_shape(step, state, batch, jax.random.key(0))
 
     def _describe_mirror(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        flips = self.config.data.augment
-        return {"mirror": ((), np.bool_)} if flips.flip and flips.alternate_flip else {}
+        mirrors = alternates_flips(self.config.data.augment)
+        return {"mirror": ((), np.bool_)} if mirrors else {}
 
     def check_memory(self, train_step: Callable, state: TrainState, batch: Any, key: Any) -> None:
         """Raises UserError if the batches do not fit into a CPU's memory. Compiles the step."""

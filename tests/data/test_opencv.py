@@ -84,8 +84,9 @@ def test_it_is_antialiased():
     """Alternating black and white columns become gray, not stripes."""
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255
-    seen = read(jpeg(Image.fromarray(stripes)), 100, box_of=img.center_box)
-    assert abs(seen.astype(int) - 127).max() < 40
+    for size in (30, 100, 160):
+        seen = read(jpeg(Image.fromarray(stripes)), size, box_of=img.center_box)
+        assert abs(seen.astype(int) - 127).max() < 40
 
 
 @needs_opencv
