@@ -164,6 +164,7 @@ def test_the_tables_name_every_algorithm_and_every_row_decides():
 
 # Cases that random ones are unlikely to contain.
 CHOSEN = [
+    Case((1, 8, 9), 3, 2, padding=1),  # one image: no pieces
     Case((2, 11, 11), 264, 264, padding=0),  # many channels, odd maps
     Case((3, 9, 8), 256, 260, padding=((2, 0), (-1, 3))),
     Case((9, 32, 31), 40, 33),
