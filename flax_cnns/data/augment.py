@@ -27,7 +27,6 @@ import numpy as np
 
 from flax_cnns.config import validate_section
 from flax_cnns.data.randaugment import randaugment
-from flax_cnns.data.streams import alternates_flips
 from flax_cnns.errors import UserError
 from flax_cnns.types import Array
 
@@ -137,7 +136,7 @@ def _check_sizes(config: Any, height: int, width: int) -> None:
 
 def _flips(config: Any) -> bool:
     """Whether images are mirrored at random."""
-    return config.flip and not alternates_flips(config)
+    return config.flip and not config.alternate_flip
 
 
 def _draw_flip_and_shift(key: Array, config: Any) -> tuple[Array, Array, Array]:
