@@ -16,6 +16,7 @@ from flax_cnns import tree as pytree
 from flax_cnns.data import augment, mix, pipeline
 from flax_cnns.data.batch_stream import TrainBatches
 from flax_cnns.data.load import load_dataset
+from flax_cnns.data.streams import alternates_flips
 from flax_cnns.data.types import Dataset
 from flax_cnns.errors import UserError
 from flax_cnns.evaluation.exact import evaluate
@@ -284,7 +285,7 @@ def make_train_call(
     """Returns the parallelized loop over `train.steps_per_call` training steps (step_calls.py)."""
     step = _make_step(components, optimizer, steps_per_epoch)
     call = step_calls.loop_steps(step, inside_control_flow)
-    axes = step_calls.list_axes(mirror=augment.alternates_flips(components.config.data.augment))
+    axes = step_calls.list_axes(mirror=alternates_flips(components.config.data.augment))
     return parallel.parallelize(call, components.mesh, mode=components.mode, axes=axes)
 
 
